@@ -1,0 +1,55 @@
+package nbdclient
+
+import (
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+)
+
+// defaultPort is where a server listens whose URI names no port.
+const defaultPort = "10809"
+
+// Target is what an NBD URI names: an export and the socket it is reached by.
+type Target struct {
+	Network string // "tcp" or "unix", as net.Dial takes it
+	Address string // host:port, or the path of the unix socket
+	Export  string // the name of the export; "" is the server's default one
+}
+
+// IsURI says whether s looks like an NBD URI rather than a path.
+func IsURI(s string) bool {
+	scheme, _, found := strings.Cut(s, "://")
+	return found && strings.HasPrefix(scheme, "nbd")
+}
+
+// ParseURI reads an NBD URI: nbd://HOST[:PORT]/EXPORT or
+// nbd+unix:///EXPORT?socket=PATH.
+func ParseURI(s string) (Target, error) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return Target{}, fmt.Errorf("%q is no NBD URI: %w", s, err)
+	}
+	t := Target{Export: strings.TrimPrefix(u.Path, "/")}
+	switch u.Scheme {
+	case "nbd", "nbd+tcp":
+		if u.Hostname() == "" {
+			return Target{}, fmt.Errorf("%q is no NBD URI: it names no host", s)
+		}
+		port := u.Port()
+		if port == "" {
+			port = defaultPort
+		}
+		t.Network, t.Address = "tcp", net.JoinHostPort(u.Hostname(), port)
+	case "nbd+unix":
+		t.Network, t.Address = "unix", u.Query().Get("socket")
+		if t.Address == "" {
+			return Target{}, fmt.Errorf("%q is no NBD URI: it names no socket (want nbd+unix:///EXPORT?socket=PATH)", s)
+		}
+	case "nbds", "nbds+unix", "nbds+tcp":
+		return Target{}, fmt.Errorf("%q wants TLS, which is not supported here", s)
+	default:
+		return Target{}, fmt.Errorf("%q is no NBD URI: want nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH", s)
+	}
+	return t, nil
+}

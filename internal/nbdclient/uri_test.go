@@ -1,0 +1,41 @@
+package nbdclient
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestParseURI(t *testing.T) {
+	for _, c := range []struct {
+		uri  string
+		want Target
+	}{
+		{"nbd://host", Target{"tcp", "host:10809", ""}},
+		{"nbd://host:99/a", Target{"tcp", "host:99", "a"}},
+		{"nbd://[::1]:99/a/b", Target{"tcp", "[::1]:99", "a/b"}},
+		{"nbd+unix:///a?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", "a"}},
+		{"nbd+unix://?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", ""}},
+		{"nbd+unix:///a%20b?socket=/tmp/x%3Fy.sock", Target{"unix", "/tmp/x?y.sock", "a b"}},
+	} {
+		got, err := ParseURI(c.uri)
+		require.NoError(t, err, c.uri)
+		require.Equal(t, c.want, got, c.uri)
+		require.True(t, IsURI(c.uri), c.uri)
+	}
+}
+
+func TestParseURIRefuses(t *testing.T) {
+	for uri, why := range map[string]string{
+		"nbd+unix:///a": "no socket",
+		"nbds://host/a": "TLS",
+		"http://host/a": "no NBD URI",
+		"nbd:///a":      "no host",
+		"/dev/sda":      "no NBD URI",
+	} {
+		_, err := ParseURI(uri)
+		require.ErrorContains(t, err, why, uri)
+	}
+	require.False(t, IsURI("/dev/sda"))
+	require.False(t, IsURI("a://b"))
+}
