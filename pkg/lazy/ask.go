@@ -1,0 +1,90 @@
+package lazy
+
+// The side of waits that talks to the source.
+
+func (w *waits) kickLocked() {
+	if w.cur != nil {
+		wake(w.cur.kick)
+	}
+}
+
+func (w *waits) current() *Stream {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.cur
+}
+
+// attach makes s the session that is asked, for all that is wanted.
+func (w *waits) attach(d *Device, s *Stream) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cur = s
+	for block, k := range w.wants {
+		switch {
+		case k.readers == 0: // nobody waits, and the new source does not know of it
+			w.aheads--
+			w.forgetLocked(block)
+		case !d.state.isLocal(block):
+			w.ask.add(block, block+1)
+		}
+	}
+	w.kickLocked()
+}
+
+func (w *waits) detach(s *Stream) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.cur == s {
+		w.cur = nil
+	}
+}
+
+// askLoop tells the source what is needed and what is not, until the session is
+// over. It holds no lock meanwhile, and nobody waits for it but Close.
+func (s *Stream) askLoop() {
+	for range s.kick {
+		for {
+			ask, r, ok := s.d.waits.next(s)
+			if !ok {
+				break
+			}
+			off, _ := s.d.extent(r.lo)
+			_, end := s.d.extent(r.hi - 1)
+			if ask {
+				s.src.NeedAt(off, end-off)
+			} else {
+				s.src.DontNeedAt(off, end-off)
+			}
+		}
+		if s.ops.isShut() {
+			return
+		}
+	}
+}
+
+// next takes what the source of s is to be told next: what is needed before what
+// is not.
+func (w *waits) next(s *Stream) (ask bool, r span, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.cur != s {
+		return false, span{}, false
+	}
+	for {
+		lo, hi, ok := w.ask.take()
+		if !ok {
+			break
+		}
+		// What has arrived meanwhile is not asked for.
+		state := s.d.state
+		if lo = state.nextMissing(lo, hi); lo == hi {
+			continue
+		}
+		end := state.nextLocal(lo, hi)
+		w.ask.add(end, hi)
+		w.asked++
+		return true, span{lo, end}, true
+	}
+	lo, hi, ok := w.tell.take()
+	return false, span{lo, hi}, ok
+}

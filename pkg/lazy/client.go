@@ -1,0 +1,301 @@
+package lazy
+
+import (
+	"context"
+	"io"
+
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+// ReadAt is ReadAtContext with nothing to cancel it.
+func (d *Device) ReadAt(p []byte, off int64) (int, error) {
+	return d.ReadAtContext(context.Background(), p, off)
+}
+
+// WriteAt is WriteAtContext with nothing to cancel it.
+func (d *Device) WriteAt(p []byte, off int64) (int, error) {
+	return d.WriteAtContext(context.Background(), p, off)
+}
+
+// Sync is SyncContext with nothing to cancel it.
+func (d *Device) Sync() error { return d.SyncContext(context.Background()) }
+
+// ReadAtContext reads len(p) bytes at off, with the contract of io.ReaderAt. It
+// waits for what is missing, and asks for it, until it arrives, ctx ends (the
+// error is its cause) or the device is closed (ErrClosed). After it has
+// returned p is not touched.
+func (d *Device) ReadAtContext(ctx context.Context, p []byte, off int64) (int, error) {
+	if d.direct.Load() {
+		return d.disk.ReadAt(p, off)
+	}
+	if off < 0 {
+		return 0, storage.ErrOutOfRange
+	}
+	if !d.ops.enter() {
+		return 0, ErrClosed
+	}
+	defer d.ops.leave()
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if off >= d.size {
+		return 0, io.EOF
+	}
+	length := min(int64(len(p)), d.size-off)
+	n, err := d.read(ctx, p[:length], off)
+	if err == nil && n < len(p) {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// read reads a range that lies inside the device.
+func (d *Device) read(ctx context.Context, p []byte, off int64) (int, error) {
+	if err := d.waitLive(ctx, off); err != nil {
+		return 0, err
+	}
+	end := off + int64(len(p))
+	for {
+		inval := d.inval.Load() // before the check
+		if !d.readable(off, end) {
+			if err := d.waitReadable(ctx, off, end); err != nil {
+				return 0, err
+			}
+		}
+		n, err := d.disk.ReadAt(p, off)
+		// What arrives anew is written to the disk only after its block was
+		// counted as invalidated, so if nothing was, what was read is of one age.
+		if d.revocable && d.inval.Load() != inval {
+			continue
+		}
+		if n == len(p) {
+			return n, nil
+		}
+		if err == nil || err == io.EOF {
+			err = io.ErrUnexpectedEOF // the disk is shorter than it said
+		}
+		return n, ioError("read", int64(len(p)), off, err)
+	}
+}
+
+// readable says whether all of [off, end) is on the disk.
+func (d *Device) readable(off, end int64) bool {
+	lo, hi := d.span(off, end)
+	return d.nextUnreadable(lo, hi, off, end) == hi
+}
+
+// nextUnreadable is the first block of [lo, hi) whose part of [off, end) is not
+// on the disk, or hi.
+func (d *Device) nextUnreadable(lo, hi, off, end int64) int64 {
+	for {
+		lo = d.state.nextMissing(lo, hi)
+		if lo == hi {
+			return hi
+		}
+		first, last, _ := d.sectors(lo, off, end)
+		if !d.state.partial.has(lo, first, last) {
+			return lo
+		}
+		lo++
+	}
+}
+
+// WriteAtContext writes all of p at off. It does not wait for the source, but
+// for one case: an edge that lies inside a sector of a missing block. A write
+// that is not inside the device is refused whole with storage.ErrOutOfRange.
+func (d *Device) WriteAtContext(ctx context.Context, p []byte, off int64) (int, error) {
+	if d.direct.Load() {
+		return d.disk.WriteAt(p, off)
+	}
+	if err := d.change(ctx, fill{p: p, off: off}, off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// ZeroAtContext makes [off, off+length) read as zeroes, exactly. With punch the
+// space may be given back. It waits as WriteAtContext does.
+func (d *Device) ZeroAtContext(ctx context.Context, off, length int64, punch bool) error {
+	if d.direct.Load() {
+		if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
+			return err
+		}
+		return d.put(fill{punch: punch}, off, off+length)
+	}
+	return d.change(ctx, fill{punch: punch}, off, length)
+}
+
+// TrimAtContext gives [off, off+length) back: what lies in whole sectors of it
+// reads as zeroes afterwards, the rest is left alone. It never waits for the
+// source.
+func (d *Device) TrimAtContext(ctx context.Context, off, length int64) error {
+	if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
+		return err
+	}
+	end := off + length
+	off = (off + sectorSize - 1) &^ (sectorSize - 1)
+	if end != d.size {
+		end &^= sectorSize - 1
+	}
+	if off >= end {
+		return nil
+	}
+	return d.ZeroAtContext(ctx, off, end-off, true)
+}
+
+// SyncContext returns when every write that was answered before the call, to
+// whomever, is on stable storage. A flush that failed is final: this and every
+// later write and flush fails with it.
+func (d *Device) SyncContext(ctx context.Context) error {
+	if !d.ops.enter() {
+		return ErrClosed
+	}
+	defer d.ops.leave()
+	return d.flush.flush(ctx, d)
+}
+
+// Prefetch asks the source for what is missing of [off, off+length) and does not
+// wait for it.
+func (d *Device) Prefetch(off, length int64) error {
+	if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
+		return err
+	}
+	if d.direct.Load() || length == 0 {
+		return nil
+	}
+	if !d.ops.enter() {
+		return ErrClosed
+	}
+	defer d.ops.leave()
+	lo, hi := d.span(off, off+length)
+	d.waits.prefetch(d, lo, hi)
+	return nil
+}
+
+// zeroChunk is the most that is zeroed, in bytes, while its blocks are claimed.
+const zeroChunk = 32 << 20
+
+// change writes f to [off, off+length) on behalf of a client.
+func (d *Device) change(ctx context.Context, f fill, off, length int64) error {
+	if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
+		return err
+	}
+	if !d.ops.enter() {
+		return ErrClosed
+	}
+	defer d.ops.leave()
+	if length == 0 {
+		return nil
+	}
+	if err := d.waitLive(ctx, off); err != nil {
+		return err
+	}
+	end := off + length
+	for off < end {
+		next := end
+		if f.p == nil {
+			next = min(end, (off/d.blockSize+max(1, zeroChunk/d.blockSize))*d.blockSize)
+		}
+		if err := d.changeRun(ctx, f, off, next); err != nil {
+			return err
+		}
+		off = next
+	}
+	return nil
+}
+
+// changeRun is change for what is claimed at once.
+func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
+	if err := d.flush.failure(); err != nil {
+		return err
+	}
+	lo, hi := d.span(off, end)
+	if d.settled(lo, hi) {
+		return d.put(f, off, end)
+	}
+	for {
+		c := d.claims.acquire(lo, hi)
+		from, to, ok := d.loneEdge(off, end)
+		if ok {
+			err := d.put(f, off, end)
+			if err == nil {
+				d.publishWritten(off, end)
+			} else {
+				d.knownZero.Store(false) // who knows what is there now
+			}
+			d.claims.release(c)
+			return err
+		}
+		d.claims.release(c) // never held over a wait
+		if err := d.waitReadable(ctx, from, to); err != nil {
+			return err
+		}
+	}
+}
+
+// settled says whether the state of the blocks [lo, hi) can never change again,
+// so that a write to them needs no claim.
+func (d *Device) settled(lo, hi int64) bool {
+	if d.revocable {
+		return d.state.nextUnwritten(lo, hi) == hi
+	}
+	return d.state.nextMissing(lo, hi) == hi
+}
+
+// loneEdge finds an edge of [off, end) that lies inside a sector which is not on
+// the disk: with the write alone the sector would be neither the source's nor
+// ours. It returns the range of that sector, or ok if there is none.
+func (d *Device) loneEdge(off, end int64) (from, to int64, ok bool) {
+	if off%sectorSize != 0 {
+		from = off &^ (sectorSize - 1)
+		if to = min(from+sectorSize, d.size); !d.readable(from, to) {
+			return from, to, false
+		}
+	}
+	if end%sectorSize != 0 && end != d.size {
+		from = end &^ (sectorSize - 1)
+		if to = min(from+sectorSize, d.size); !d.readable(from, to) {
+			return from, to, false
+		}
+	}
+	return 0, 0, true
+}
+
+// publishWritten records that [off, end) was written here and is on the disk.
+// The caller holds the claim of its blocks.
+func (d *Device) publishWritten(off, end int64) {
+	lo, hi := d.span(off, end)
+	from := int64(-1) // of a run of blocks that became written
+	for block := lo; block < hi; block++ {
+		if d.becomesWritten(block, off, end) {
+			if from < 0 {
+				from = block
+			}
+			continue
+		}
+		if from >= 0 {
+			d.publishBlocksWritten(from, block)
+			from = -1
+		}
+	}
+	if from >= 0 {
+		d.publishBlocksWritten(from, hi)
+	}
+	d.waits.changed(d, lo, hi)
+}
+
+// becomesWritten records that the block's part of [off, end) was written here,
+// and says whether all of the block is now.
+func (d *Device) becomesWritten(block, off, end int64) bool {
+	if d.state.written.get(block) || !d.revocable && d.state.fetched.get(block) {
+		return false // settled: nobody will ever write over it
+	}
+	first, last, count := d.sectors(block, off, end)
+	return last-first == count || d.state.partial.add(block, first, last, count)
+}
+
+func (d *Device) publishBlocksWritten(lo, hi int64) {
+	d.state.setWritten(lo, hi) // before the masks go: a reader finds the one or the other
+	d.state.partial.drop(lo, hi)
+	d.waits.needless(lo, hi)
+}

@@ -1,0 +1,51 @@
+package lazy
+
+import (
+	"errors"
+
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+// fill is what a range is to be filled with: bytes, or zeroes if p is nil.
+type fill struct {
+	p     []byte
+	off   int64 // where p[0] belongs, in bytes from the start of the device
+	punch bool  // zeroes: the space may be given back
+}
+
+// zeroes is written where the disk cannot zero by itself.
+var zeroes [256 << 10]byte
+
+// put writes f to [off, end) of the disk.
+func (d *Device) put(f fill, off, end int64) error {
+	if off == end {
+		return nil
+	}
+	if f.p == nil {
+		return d.zero(off, end, f.punch)
+	}
+	if _, err := d.disk.WriteAt(f.p[off-f.off:end-f.off], off); err != nil {
+		return ioError("write", end-off, off, err)
+	}
+	return nil
+}
+
+func (d *Device) zero(off, end int64, punch bool) error {
+	if z, ok := d.disk.(storage.Zeroer); ok {
+		err := z.ZeroAt(off, end-off, punch)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, errors.ErrUnsupported) {
+			return ioError("zero", end-off, off, err)
+		}
+	}
+	for off < end {
+		n := min(end-off, int64(len(zeroes)))
+		if _, err := d.disk.WriteAt(zeroes[:n], off); err != nil {
+			return ioError("zero", n, off, err)
+		}
+		off += n
+	}
+	return nil
+}

@@ -1,0 +1,227 @@
+package lazy
+
+import (
+	"math/bits"
+	"sync"
+	"sync/atomic"
+)
+
+// sectorSize is the unit, in bytes, in which writes to missing blocks are
+// remembered.
+const sectorSize = 512
+
+// state says of each block what is here. It is the whole memory of a device:
+// what a map on disk has to hold are its three parts.
+//
+// Bits may be read by anybody. They are set and cleared only by the holder of
+// the claim of their blocks, and only when the disk is that far.
+type state struct {
+	blocks  int64
+	fetched bitmap
+	written bitmap
+	partial maskTable
+
+	local  atomic.Int64 // blocks that are fetched or written
+	writes atomic.Int64 // blocks that are written
+}
+
+func newState(blocks int64) *state {
+	return &state{blocks: blocks, fetched: newBitmap(blocks), written: newBitmap(blocks)}
+}
+
+// bitmap is a bit a block. Its words are atomic, since blocks of different
+// claims share a word.
+type bitmap []atomic.Uint64
+
+func newBitmap(n int64) bitmap { return make(bitmap, (n+63)/64) }
+
+func (m bitmap) get(block int64) bool {
+	return m[block>>6].Load()&(1<<(block&63)) != 0
+}
+
+// wordMask is the bits of word w that lie in [lo, hi).
+func wordMask(w, lo, hi int64) uint64 {
+	mask := ^uint64(0)
+	if first := w << 6; lo > first {
+		mask <<= lo - first
+	}
+	if end := (w + 1) << 6; hi < end {
+		mask &= ^uint64(0) >> (end - hi)
+	}
+	return mask
+}
+
+// isLocal says whether the block is here.
+func (s *state) isLocal(block int64) bool {
+	w, bit := block>>6, uint64(1)<<(block&63)
+	return (s.fetched[w].Load()|s.written[w].Load())&bit != 0
+}
+
+// nextMissing is the first block of [lo, hi) that is not here, or hi.
+func (s *state) nextMissing(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) &^ (s.fetched[w].Load() | s.written[w].Load()); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
+// nextLocal is the first block of [lo, hi) that is here, or hi.
+func (s *state) nextLocal(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) & (s.fetched[w].Load() | s.written[w].Load()); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
+// nextUnwritten is the first block of [lo, hi) that is not written, or hi.
+func (s *state) nextUnwritten(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) &^ s.written[w].Load(); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
+// setFetched publishes [lo, hi) as fetched.
+func (s *state) setFetched(lo, hi int64) {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		mask := wordMask(w, lo, hi)
+		old := s.fetched[w].Or(mask)
+		s.local.Add(int64(bits.OnesCount64(mask &^ (old | s.written[w].Load()))))
+	}
+}
+
+// setWritten publishes [lo, hi) as written.
+func (s *state) setWritten(lo, hi int64) {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		mask := wordMask(w, lo, hi)
+		old := s.written[w].Or(mask)
+		s.local.Add(int64(bits.OnesCount64(mask &^ (old | s.fetched[w].Load()))))
+		s.writes.Add(int64(bits.OnesCount64(mask &^ old)))
+	}
+}
+
+// clearFetched takes back that [lo, hi) was fetched. What was written stays.
+func (s *state) clearFetched(lo, hi int64) {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		mask := wordMask(w, lo, hi)
+		old := s.fetched[w].And(^mask)
+		s.local.Add(-int64(bits.OnesCount64(mask & old &^ s.written[w].Load())))
+	}
+}
+
+// mask is the sectors of one block that were written here, a bit a sector.
+type mask []uint64
+
+// has says whether all of sectors [lo, hi) are in the mask.
+func (m mask) has(lo, hi int64) bool {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if wordMask(w, lo, hi)&^m[w] != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// nextClear is the first sector of [lo, hi) that is not in the mask, or hi.
+func (m mask) nextClear(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if b := wordMask(w, lo, hi) &^ m[w]; b != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(b))
+		}
+	}
+	return hi
+}
+
+// nextSet is the first sector of [lo, hi) that is in the mask, or hi.
+func (m mask) nextSet(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if b := wordMask(w, lo, hi) & m[w]; b != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(b))
+		}
+	}
+	return hi
+}
+
+// maskTable holds the masks of the blocks that are partly written. It costs
+// what is in it and nothing for the rest of the disk.
+type maskTable struct {
+	n      atomic.Int64 // masks held: with none of them, nobody takes a lock
+	shards [16]maskShard
+}
+
+type maskShard struct {
+	mu    sync.Mutex
+	masks map[int64]mask // guarded by mu; the words of a mask too
+}
+
+func (t *maskTable) shard(block int64) *maskShard {
+	return &t.shards[block%int64(len(t.shards))]
+}
+
+// get returns the block's mask, or nil. Only the holder of the block's claim may
+// look into it, since nobody else can tell when it changes.
+func (t *maskTable) get(block int64) mask {
+	if t.n.Load() == 0 {
+		return nil
+	}
+	s := t.shard(block)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.masks[block]
+}
+
+// has says whether sectors [lo, hi) of the block were all written here.
+func (t *maskTable) has(block, lo, hi int64) bool {
+	if t.n.Load() == 0 {
+		return false
+	}
+	s := t.shard(block)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.masks[block]
+	return m != nil && m.has(lo, hi)
+}
+
+// add publishes sectors [lo, hi) of the block, which has count sectors, as
+// written, and says whether all of them are now.
+func (t *maskTable) add(block, lo, hi, count int64) (full bool) {
+	s := t.shard(block)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.masks[block]
+	if m == nil {
+		m = make(mask, (count+63)/64)
+		if s.masks == nil {
+			s.masks = make(map[int64]mask)
+		}
+		s.masks[block] = m
+		t.n.Add(1)
+	}
+	for w := lo >> 6; w<<6 < hi; w++ {
+		m[w] |= wordMask(w, lo, hi)
+	}
+	return m.has(0, count)
+}
+
+// drop forgets the mask of every block in [lo, hi). The blocks are published
+// first, so that no reader finds neither.
+func (t *maskTable) drop(lo, hi int64) {
+	if t.n.Load() == 0 {
+		return
+	}
+	for block := lo; block < hi; block++ {
+		s := t.shard(block)
+		s.mu.Lock()
+		if _, ok := s.masks[block]; ok {
+			delete(s.masks, block)
+			t.n.Add(-1)
+		}
+		s.mu.Unlock()
+	}
+}
