@@ -1,0 +1,230 @@
+package protocol
+
+import (
+	"fmt"
+	"math"
+	"sync"
+
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+// incoming is a device of the peer's: its requests wait here for a few workers
+// that take them to the store. They wait, within the budget, also before there
+// is a store.
+type incoming struct {
+	p   *ProtocolRW
+	dev uint32
+
+	// Set by announce on the reader, which alone uses them until open runs:
+	known   bool // the DevInfo has come
+	removed bool // a RemoveDev has come; used by the reader alone
+	size    uint64
+	block   uint32 // bytes
+	id      uint32 // of the DevInfo
+	window  int64  // bytes
+
+	account account // guarded by the budget
+
+	// Set by open before the workers start:
+	store  storage.StorageProvider
+	zeroer storage.Zeroer
+
+	mu   sync.Mutex
+	work sync.Cond // there is something to do, or the end
+	// Guarded by mu:
+	info       *wire.DevInfo
+	factory    func(di *DevInfo) storage.StorageProvider
+	jobs       queue
+	idle       int // workers that wait
+	running    int // jobs that workers have
+	alone      bool
+	unanswered int
+	controls   int // those of unanswered that are barriers
+	closed     bool
+}
+
+func newIncoming(p *ProtocolRW, dev uint32) *incoming {
+	in := &incoming{p: p, dev: dev}
+	in.work.L = &in.mu
+	return in
+}
+
+// register brings the factory; with the DevInfo there, the device opens.
+func (in *incoming) register(factory func(di *DevInfo) storage.StorageProvider) error {
+	in.mu.Lock()
+	if in.factory != nil {
+		in.mu.Unlock()
+		return fmt.Errorf("device %d: it has a receiver already", in.dev)
+	}
+	in.factory = factory
+	ready := in.info != nil
+	in.mu.Unlock()
+	if ready {
+		in.p.start(in.openLoop)
+	}
+	return nil
+}
+
+// announce brings the DevInfo; with the factory there, the device opens.
+func (in *incoming) announce(di *wire.DevInfo, id uint32) error {
+	if in.known {
+		return fmt.Errorf("%w: a second DevInfo", ErrUnexpected)
+	}
+	if di.Size > math.MaxInt64 {
+		return fmt.Errorf("device of %d bytes: %w", di.Size, wire.ErrTooLarge)
+	}
+	in.known, in.size, in.block, in.id = true, di.Size, di.BlockSize, id
+	in.window = in.p.budget.open(&in.account)
+	in.mu.Lock()
+	in.info = di
+	ready := in.factory != nil
+	in.mu.Unlock()
+	if ready {
+		in.p.start(in.openLoop)
+	}
+	return nil
+}
+
+// contains says whether the device has all of the range.
+func (in *incoming) contains(off, length int64) bool {
+	return storage.CheckRange(off, length, in.size) == nil
+}
+
+// announcedInfo is the DevInfo, or nil.
+func (in *incoming) announcedInfo() *wire.DevInfo {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.info
+}
+
+// openLoop makes the store, tells an extended peer what we take, and goes on as
+// the first of the device's workers.
+func (in *incoming) openLoop() {
+	store := in.factory(in.info)
+	if store == nil {
+		in.p.end(fmt.Errorf("device %d (%.64q): %w", in.dev, in.info.Name, ErrRefused))
+		return
+	}
+	in.store = store
+	in.zeroer, _ = store.(storage.Zeroer)
+	if in.info.Extension != nil {
+		// A quarter of the share stays for data that is asked for, which the window
+		// does not count, and for sizes that are rounded up.
+		m := wire.DevInfoResponse{Extension: wire.Extension{
+			Revision: wire.Revision,
+			MaxData:  in.p.opts.MaxData,
+			Window:   uint32(in.window - in.window/4),
+		}}
+		packet, err := m.AppendBinary(nil)
+		if err != nil {
+			in.p.end(err)
+			return
+		}
+		if err := in.p.outbox.send(in.dev, in.id, packet, true); err != nil {
+			return // the connection has ended and has its reason
+		}
+	}
+	for range in.p.opts.Workers - 1 {
+		in.p.start(in.workLoop)
+	}
+	in.workLoop()
+}
+
+// workLoop takes requests to the store until the connection ends.
+func (in *incoming) workLoop() {
+	for {
+		j, ok := in.next()
+		if !ok {
+			return
+		}
+		in.perform(&j)
+		in.finished(&j)
+	}
+}
+
+// next waits for a job that may run now. A barrier at the front waits until
+// nothing else runs, and nothing starts while it does.
+func (in *incoming) next() (job, bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for !in.closed {
+		if in.jobs.n > 0 && !in.alone {
+			barrier := in.jobs.front().barrier()
+			if !barrier || in.running == 0 {
+				in.running++
+				in.alone = barrier
+				return in.jobs.pop(), true
+			}
+		}
+		in.idle++
+		in.work.Wait()
+		in.idle--
+	}
+	return job{}, false
+}
+
+func (in *incoming) finished(j *job) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.running--
+	if in.alone {
+		in.alone = false
+		in.work.Broadcast()
+	}
+}
+
+// push queues a job. It never waits; a peer with too many is an error.
+func (in *incoming) push(j job) error {
+	in.mu.Lock()
+	if in.closed {
+		in.mu.Unlock()
+		in.drop(&j)
+		return in.p.closedErr()
+	}
+	if in.unanswered >= maxUnanswered || in.controls >= maxControl && j.barrier() {
+		unanswered, controls := in.unanswered, in.controls
+		in.mu.Unlock()
+		in.drop(&j)
+		return fmt.Errorf("%w: %d requests without an answer, %d of them events or lists", ErrTooMany, unanswered, controls)
+	}
+	in.unanswered++
+	if j.barrier() {
+		in.controls++
+	}
+	in.jobs.push(j)
+	if in.idle > 0 {
+		in.work.Signal()
+	}
+	in.mu.Unlock()
+	return nil
+}
+
+// answered notes that a request needs no answer any more.
+func (in *incoming) answered(barrier bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.unanswered--
+	if barrier {
+		in.controls--
+	}
+}
+
+// drop gives back what a job holds.
+func (in *incoming) drop(j *job) {
+	j.buf.free()
+	in.p.budget.release(&in.account, j.charge)
+	j.buf, j.tokens, j.charge = nil, nil, 0
+}
+
+// close wakes the workers and lets go of what is queued: it was not answered.
+func (in *incoming) close() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.closed = true
+	for in.jobs.n > 0 {
+		j := in.jobs.pop()
+		in.drop(&j)
+	}
+	in.work.Broadcast()
+}

@@ -1,0 +1,119 @@
+package protocol
+
+import (
+	"io"
+	"net"
+	"sync"
+
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+)
+
+// Priority says which packets go first whenever the socket is free.
+type Priority int
+
+const (
+	// PriorityBulk is for data that nobody waits for yet.
+	PriorityBulk Priority = iota
+	// PriorityUrgent is for data that was asked for; control packets and answers
+	// have it too.
+	PriorityUrgent
+)
+
+// sender is the right to write to the connection. It is handed to urgent
+// packets first. It is no mutex, since it is held over the write.
+type sender struct {
+	w io.Writer
+
+	mu     sync.Mutex
+	urgent sync.Cond
+	bulk   sync.Cond
+	// Guarded by mu:
+	busy    bool
+	waiting int // urgent ones
+	closed  bool
+
+	// Used by the holder alone:
+	head []byte
+	vec  [2][]byte
+	bufs net.Buffers
+}
+
+func (s *sender) init(w io.Writer) {
+	s.w = w
+	s.urgent.L, s.bulk.L = &s.mu, &s.mu
+	s.head = make([]byte, 0, maxCoalesced+maxSmall)
+}
+
+// acquire waits for the right to write; false says that the connection ended.
+func (s *sender) acquire(pri Priority) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if pri == PriorityUrgent {
+		s.waiting++
+		for s.busy && !s.closed {
+			s.urgent.Wait()
+		}
+		s.waiting--
+	} else {
+		for (s.busy || s.waiting > 0) && !s.closed {
+			s.bulk.Wait()
+		}
+	}
+	if s.closed {
+		return false
+	}
+	s.busy = true
+	return true
+}
+
+func (s *sender) release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy = false
+	if s.waiting > 0 {
+		s.urgent.Signal()
+	} else {
+		s.bulk.Signal()
+	}
+}
+
+// close wakes whoever waits.
+func (s *sender) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	s.urgent.Broadcast()
+	s.bulk.Broadcast()
+}
+
+// writePacket writes one packet: its first bytes, which are few, and a payload
+// that is not copied unless it is small. The right to write is held.
+func (s *sender) writePacket(dev, id uint32, first, payload []byte) error {
+	h := wire.Header{Dev: dev, ID: id, Length: uint32(len(first) + len(payload))}
+	s.head = append(h.Append(s.head[:0]), first...)
+	if len(payload) <= maxCoalesced {
+		s.head = append(s.head, payload...)
+		_, err := s.w.Write(s.head)
+		return err
+	}
+	s.vec = [2][]byte{s.head, payload}
+	s.bufs = s.vec[:]
+	_, err := s.bufs.WriteTo(s.w) // writev, where w is a socket
+	s.vec = [2][]byte{}
+	return err
+}
+
+// send writes one packet when its turn has come. An error ends the connection,
+// since nobody knows how much of the packet is out.
+func (p *ProtocolRW) send(pri Priority, dev, id uint32, first, payload []byte) error {
+	if !p.sender.acquire(pri) {
+		<-p.done
+		return p.err
+	}
+	err := p.sender.writePacket(dev, id, first, payload)
+	p.sender.release()
+	if err != nil {
+		return p.writeFailed(err)
+	}
+	return nil
+}

@@ -1,0 +1,129 @@
+package wire
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// Revision is the revision of the extension that this package writes.
+const Revision = 1
+
+// The types of the extension's fields. Each is a u16 type, a u16 length and so
+// many bytes of value.
+const (
+	fieldRevision = 1 // u32, always the first
+	fieldMaxData  = 2 // u32
+	fieldLive     = 3 // no value: there or not
+	fieldWindow   = 4 // u32
+)
+
+// Extension is what we say beyond Silo: fields behind the schema in DevInfo,
+// where an old peer does not look, and in the DevInfoResponse.
+type Extension struct {
+	Revision uint32 // of the extension, 1 or more; marks the bytes as ours
+	MaxData  uint32 // bytes of the largest WriteAt that the sender of this takes; 0: one block
+	Window   uint32 // bytes of a device's bulk data that it takes without having answered; 0: unknown
+	Live     bool   // the source is still being written
+	Unknown  []Field
+}
+
+// Field is one of a type that is not known here. It is kept and means nothing.
+type Field struct {
+	Type  uint16
+	Value []byte // aliases the packet
+}
+
+// append writes the known fields by type, then the unknown ones.
+func (e *Extension) append(b []byte) ([]byte, error) {
+	if e.Revision == 0 {
+		return b, fmt.Errorf("wire: extension revision 0: %w", ErrInvalid)
+	}
+	start := len(b)
+	b = appendField32(b, fieldRevision, e.Revision)
+	if e.MaxData != 0 {
+		b = appendField32(b, fieldMaxData, e.MaxData)
+	}
+	if e.Live {
+		b = appendFieldHead(b, fieldLive, 0)
+	}
+	if e.Window != 0 {
+		b = appendField32(b, fieldWindow, e.Window)
+	}
+	for _, f := range e.Unknown {
+		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= fieldWindow {
+			return b, fmt.Errorf("wire: extension field %d of %d bytes: %w", f.Type, len(f.Value), ErrInvalid)
+		}
+		b = append(appendFieldHead(b, f.Type, len(f.Value)), f.Value...)
+	}
+	if n := len(b) - start; n > MaxExtension {
+		return b, fmt.Errorf("wire: extension of %d bytes: %w", n, ErrTooLarge)
+	}
+	return b, nil
+}
+
+func appendFieldHead(b []byte, t uint16, length int) []byte {
+	b = binary.LittleEndian.AppendUint16(b, t)
+	return binary.LittleEndian.AppendUint16(b, uint16(length))
+}
+
+func appendField32(b []byte, t uint16, v uint32) []byte {
+	return binary.LittleEndian.AppendUint32(appendFieldHead(b, t, 4), v)
+}
+
+// read takes all that is left as an extension. Whatever is not one, in whole,
+// fails the cursor.
+func (e *Extension) read(c *cursor) {
+	*e = Extension{}
+	if len(c.b) > MaxExtension {
+		c.fail(fmt.Errorf("%w: extension", ErrTooLarge))
+		return
+	}
+	last := 0 // the types go up, so none comes twice and the bytes are canonical
+	for c.err == nil && (len(c.b) > 0 || last == 0) {
+		t, length := c.u16(), int(c.u16())
+		value := cursor{b: c.bytes(length), want: c.want, size: c.size, err: c.err}
+		switch {
+		case c.err != nil:
+			return
+		case int(t) <= last || last == 0 && t != fieldRevision:
+			c.fail(fmt.Errorf("%w: extension field %d out of order", ErrInvalid, t))
+			return
+		}
+		last = int(t)
+		switch t {
+		case fieldRevision:
+			e.Revision = value.u32()
+		case fieldMaxData:
+			e.MaxData = value.u32()
+		case fieldLive:
+			e.Live = true
+		case fieldWindow:
+			e.Window = value.u32()
+		default:
+			e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
+		}
+		if err := value.done(); err != nil {
+			c.fail(fmt.Errorf("%w: length of extension field %d", ErrInvalid, t))
+		}
+	}
+	if c.err == nil && e.Revision == 0 {
+		c.fail(fmt.Errorf("%w: extension revision 0", ErrInvalid))
+	}
+}
+
+// DevInfoResponse answers a DevInfo that carried an extension.
+type DevInfoResponse struct {
+	Extension Extension
+}
+
+// AppendBinary appends the packet.
+func (m *DevInfoResponse) AppendBinary(b []byte) ([]byte, error) {
+	return m.Extension.append(append(b, byte(CommandDevInfoResponse)))
+}
+
+// UnmarshalBinary decodes a whole packet.
+func (m *DevInfoResponse) UnmarshalBinary(b []byte) error {
+	c := newCursor(b, CommandDevInfoResponse)
+	m.Extension.read(&c)
+	return c.done()
+}
