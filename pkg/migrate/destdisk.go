@@ -1,0 +1,231 @@
+package migrate
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+// destDisk is one disk of a Destination, over all connections.
+type destDisk struct {
+	name  string
+	geo   geometry
+	store storage.StorageProvider
+	dev   *lazy.Device
+	log   *slog.Logger
+
+	complete atomic.Bool
+	received atomic.Int64 // bytes of content that came
+
+	mu sync.Mutex
+	// Guarded by mu:
+	attached int                // connections that feed it: 0 or 1
+	sessions int                // connections so far
+	refused  map[int64]struct{} // blocks that came and were not taken, and have not come again since
+	err      error              // why the last of them was not
+}
+
+// newDestDisk makes the device that takes di into opened.
+func newDestDisk(di *protocol.DevInfo, opened DestinationDisk, log *slog.Logger) (*destDisk, error) {
+	geo, err := newGeometry(int64(di.Size), int64(di.BlockSize))
+	if err != nil {
+		return nil, err
+	}
+	store, err := fit(opened.Store, geo.size)
+	if err != nil {
+		return nil, err
+	}
+	d := &destDisk{name: opened.Name, geo: geo, store: store, log: log, refused: make(map[int64]struct{})}
+	if d.name == "" {
+		d.name = di.Name
+	}
+	d.dev, err = lazy.New(store, lazy.Options{
+		BlockSize: geo.blockSize,
+		KnownZero: opened.KnownZero,
+		// A plain Silo source goes on writing, and takes blocks back.
+		Revocable: di.Extension == nil,
+		Log:       log.With("disk", d.name),
+	})
+	return d, err
+}
+
+// same says why di is not the disk that came before under this name, if so.
+func (d *destDisk) same(di *protocol.DevInfo) error {
+	if int64(di.Size) != d.geo.size || int64(di.BlockSize) != d.geo.blockSize {
+		return fmt.Errorf("disk %q was %d bytes in blocks of %d, the source now says %d in blocks of %d: it is another disk",
+			d.name, d.geo.size, d.geo.blockSize, di.Size, di.BlockSize)
+	}
+	return nil
+}
+
+func (d *destDisk) attach(from *protocol.FromProtocol) *lazy.Stream {
+	d.mu.Lock()
+	d.attached++
+	d.sessions++
+	d.err = nil
+	clear(d.refused)
+	d.mu.Unlock()
+	return d.dev.Attach(asker{from, d.log})
+}
+
+func (d *destDisk) detach(s *lazy.Stream) {
+	_ = s.Close() // detaching cannot fail
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.attached--
+}
+
+// refuse notes that [off, off+length) came and was not taken, and returns err.
+func (d *destDisk) refuse(off, length int64, err error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.refused) == 0 {
+		d.log.Error("the disk does not take what comes; it will be sent again", "disk", d.name, "error", err)
+	}
+	if s, ok := d.geo.touching(off, length); ok {
+		for b := s.from; b < s.to; b++ {
+			d.refused[b] = struct{}{}
+		}
+	}
+	d.err = err
+	return err
+}
+
+// take notes that [off, off+length) came and was taken.
+func (d *destDisk) take(off, length int64) {
+	d.received.Add(length)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.refused) == 0 {
+		return
+	}
+	maps.DeleteFunc(d.refused, func(b int64, _ struct{}) bool {
+		return b*d.geo.blockSize >= off && b*d.geo.blockSize < off+length
+	})
+	if len(d.refused) == 0 {
+		d.err = nil
+	}
+}
+
+// refusal returns why blocks that came were not taken, if some were not and
+// have not come again.
+func (d *destDisk) refusal() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err
+}
+
+func (d *destDisk) status() DiskStatus {
+	st := d.dev.Stats()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := DiskStatus{
+		Name: d.name, Size: d.geo.size, BlockSize: d.geo.blockSize,
+		State:         StateWaiting,
+		BytesDone:     st.BytesLocal,
+		BytesReceived: d.received.Load(),
+		BytesWritten:  min(d.geo.size, st.Written*d.geo.blockSize),
+		Waiting:       st.Waiting,
+		Connected:     d.attached > 0,
+		Reconnects:    max(0, d.sessions-1),
+		Err:           d.err,
+	}
+	if st.Waiting > 0 {
+		s.OldestWait = time.Since(st.OldestWait)
+	}
+	switch {
+	case d.complete.Load():
+		s.State = StateComplete
+	case s.Connected:
+		s.State = StateMigrating
+	}
+	return s
+}
+
+func (d *destDisk) close() error {
+	return errors.Join(d.dev.Close(), d.store.Close())
+}
+
+// arrivals is the source's hand on a disk, for one connection: what the
+// protocol receives goes through it into the device, dirty lists too.
+type arrivals struct {
+	*lazy.Stream
+	disk *destDisk
+	from *protocol.FromProtocol
+}
+
+// WriteAt lays down data that came. An error is answered, and the source sends
+// the blocks again later.
+func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
+	n, err := a.Stream.WriteAt(p, off)
+	if err != nil {
+		return n, a.disk.refuse(off, int64(len(p)), err)
+	}
+	a.disk.take(off, int64(n))
+	return n, nil
+}
+
+// ZeroAt lays down a run of zeroes.
+func (a *arrivals) ZeroAt(off, length int64, punch bool) error {
+	if err := a.Stream.ZeroAt(off, length, punch); err != nil {
+		return a.disk.refuse(off, length, err)
+	}
+	a.disk.take(off, length)
+	return nil
+}
+
+// HandleEvent answers the source's events. Completed is held against the map:
+// if a block is missing, the migration is not complete, whatever the source
+// says, and the connection ends so that the rest is claimed on the next.
+func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
+	if ev.Type != wire.EventCompleted {
+		answer(nil)
+		return
+	}
+	if err := a.disk.dev.Complete(); err != nil {
+		answer(fmt.Errorf("the source says that disk %q is complete: %w", a.disk.name, err))
+		return
+	}
+	a.disk.complete.Store(true)
+	a.disk.log.Info("complete", "disk", a.disk.name, "received", a.disk.received.Load())
+	answer(nil)
+}
+
+// claim tells the source of every run that is here.
+func (a *arrivals) claim() (err error) {
+	a.disk.dev.EachLocal(func(off, length int64) bool {
+		err = a.from.DontNeedAt(off, length)
+		return err == nil
+	})
+	return err
+}
+
+// asker lets the device ask the source that is at the other end of a
+// connection.
+type asker struct {
+	from *protocol.FromProtocol
+	log  *slog.Logger
+}
+
+// NeedAt asks for a range now. An error is the connection's, whose end is
+// handled where it is read; the device asks again on the next.
+func (a asker) NeedAt(off, length int64) { a.check("NeedAt", a.from.NeedAt(off, length)) }
+
+// DontNeedAt tells that a range need not be sent. If it is lost, the range is
+// sent and ignored.
+func (a asker) DontNeedAt(off, length int64) { a.check("DontNeedAt", a.from.DontNeedAt(off, length)) }
+
+func (a asker) check(op string, err error) {
+	if err != nil {
+		a.log.Debug("not asked: the connection is gone", "op", op, "error", err)
+	}
+}

@@ -1,0 +1,231 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+// maxDisks bounds how many disks a source may bring to a Destination that
+// takes as many as come.
+const maxDisks = 256
+
+// DestinationDisk is the storage that takes one disk.
+type DestinationDisk struct {
+	// Name is what the disk is called from here on; empty is the source's name.
+	Name string
+	// Store takes the disk: at least as large as it. The Destination closes it.
+	Store storage.StorageProvider
+	// KnownZero says that all of Store reads as zeroes, so that zeroes need not
+	// be written.
+	KnownZero bool
+}
+
+// DestinationOptions are the options of a Destination.
+type DestinationOptions struct {
+	// Open gives the storage for a disk that the source announces, of size
+	// bytes. It is called once for each name. The name comes from the other
+	// side: it is no path.
+	Open func(name string, size uint64, blockSize uint32) (DestinationDisk, error)
+	// Ready is told of a device that can be used from now on.
+	Ready func(name string, dev *lazy.Device) error
+	// Disks is how many disks are expected; 0 is as many as the source sends
+	// before it closes the connection.
+	Disks int
+	// Listening says that the Connector accepts connections: one that comes to
+	// nothing is logged, and the next is awaited.
+	Listening bool
+	Log       *slog.Logger // nil: no log
+}
+
+// Destination is the receiving end of a migration: a lazy device for each
+// disk, fed over one connection after another.
+type Destination struct {
+	opts DestinationOptions
+	log  *slog.Logger
+
+	mu sync.Mutex // never held over I/O
+	// Guarded by mu:
+	disks  []*destDisk
+	byName map[string]*destDisk // by the source's name
+	closed bool
+}
+
+// NewDestination returns a Destination. Open and Ready are required.
+func NewDestination(opts DestinationOptions) (*Destination, error) {
+	if opts.Open == nil || opts.Ready == nil {
+		return nil, errors.New("migrate: a destination needs Open and Ready")
+	}
+	return &Destination{opts: opts, log: logger(opts.Log), byName: make(map[string]*destDisk)}, nil
+}
+
+// Run takes disks over one connection after another until all that are
+// expected are complete and the source has closed the connection. It returns
+// nil then, the cause of ctx when that ends first, and otherwise what cannot
+// be mended by connecting again. The devices go on in any case, until Close.
+func (d *Destination) Run(ctx context.Context, connect Connector) error {
+	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log, session: d.session}
+	return loop.run(ctx)
+}
+
+// session takes what comes over conn, which it closes. It ends well when the
+// connection does and every disk is complete.
+func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
+	s := &destSession{dest: d, hello: newGreeting()}
+	group, ctx := errgroup.WithContext(ctx)
+	s.proto = protocol.NewProtocolRW(ctx, conn, conn, s.newDevice)
+	group.Go(s.proto.Handle)
+	group.Go(func() error { return s.hello.await(ctx, s.proto.Done()) })
+	err := group.Wait()
+	_ = s.proto.Close() // it has ended already; waits for what it started
+	s.detach()
+	if refusal := s.refusal(); refusal != nil {
+		return true, d.weigh(refusal)
+	}
+	if err := d.brokenDisk(); err != nil {
+		return true, &FatalError{err}
+	}
+	if d.complete() {
+		return true, nil
+	}
+	return s.hello.said(), err
+}
+
+// weigh makes a refusal the end of Run, unless it is for what a stranger said
+// who called us.
+func (d *Destination) weigh(refusal error) error {
+	var local *localError
+	if d.opts.Listening && !errors.As(refusal, &local) {
+		return refusal
+	}
+	return &FatalError{refusal}
+}
+
+// localError says that the trouble is on this side.
+type localError struct{ error }
+
+func (e *localError) Unwrap() error { return e.error }
+
+// complete says whether every disk that is expected is complete.
+func (d *Destination) complete() bool {
+	disks := d.all()
+	if len(disks) == 0 || len(disks) < d.opts.Disks {
+		return false
+	}
+	for _, disk := range disks {
+		if !disk.complete.Load() {
+			return false
+		}
+	}
+	return true
+}
+
+// brokenDisk returns why a disk could not take what came, if one could not and
+// is not complete.
+func (d *Destination) brokenDisk() error {
+	for _, disk := range d.all() {
+		if err := disk.refusal(); err != nil && !disk.complete.Load() {
+			return &DiskError{Name: disk.name, Err: err}
+		}
+	}
+	return nil
+}
+
+func (d *Destination) all() []*destDisk {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return append([]*destDisk(nil), d.disks...)
+}
+
+// Status returns the progress of each disk, in the order in which they came.
+func (d *Destination) Status() []DiskStatus {
+	disks := d.all()
+	all := make([]DiskStatus, len(disks))
+	for i, disk := range disks {
+		all[i] = disk.status()
+	}
+	return all
+}
+
+// Close ends the devices: reads that wait get an error, what was written is
+// flushed, and the storage is closed.
+func (d *Destination) Close() error {
+	d.mu.Lock()
+	disks := d.disks
+	d.disks, d.byName, d.closed = nil, nil, true
+	d.mu.Unlock()
+	var errs []error
+	for _, disk := range disks {
+		errs = append(errs, disk.close())
+	}
+	return errors.Join(errs...)
+}
+
+// disk returns the disk for what the source announces: the one it announced
+// before, or a new one.
+func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, err error) {
+	d.mu.Lock()
+	known, closed, n := d.byName[di.Name], d.closed, len(d.disks)
+	d.mu.Unlock()
+	switch {
+	case closed:
+		return nil, false, ErrClosed
+	case known != nil:
+		return known, false, known.same(di)
+	case d.opts.Disks > 0 && n >= d.opts.Disks:
+		return nil, false, fmt.Errorf("the source brings another disk, %q: %d expected", di.Name, d.opts.Disks)
+	case n >= maxDisks:
+		return nil, false, fmt.Errorf("the source brings more than %d disks", maxDisks)
+	}
+	disk, err = d.open(di)
+	if err != nil {
+		return nil, false, err
+	}
+	return disk, true, d.add(di.Name, disk)
+}
+
+// open makes the device for a disk that is new.
+func (d *Destination) open(di *protocol.DevInfo) (*destDisk, error) {
+	if _, err := newGeometry(int64(di.Size), int64(di.BlockSize)); err != nil {
+		return nil, fmt.Errorf("disk %q: the source announces %w", di.Name, err)
+	}
+	opened, err := d.opts.Open(di.Name, di.Size, di.BlockSize)
+	if err != nil {
+		return nil, &localError{fmt.Errorf("disk %q: %w", di.Name, err)}
+	}
+	disk, err := newDestDisk(di, opened, d.log)
+	if err != nil {
+		return nil, &localError{errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.Store.Close())}
+	}
+	return disk, nil
+}
+
+// add makes disk known, unless the Destination was closed meanwhile or another
+// device of the connection brought the same name.
+func (d *Destination) add(name string, disk *destDisk) error {
+	d.mu.Lock()
+	var err error
+	switch {
+	case d.closed:
+		err = ErrClosed
+	case d.byName[name] != nil:
+		err = fmt.Errorf("the source brings two disks called %q", name)
+	default:
+		d.byName[name] = disk
+		d.disks = append(d.disks, disk)
+	}
+	d.mu.Unlock()
+	if err != nil {
+		return errors.Join(err, disk.close())
+	}
+	return nil
+}

@@ -1,0 +1,72 @@
+// Package migrate holds the two ends of a migration: a Source, which sends a
+// disk, and a Destination, which takes it into a lazy device that can be used
+// at once. Both speak the Silo protocol through package protocol, over any
+// connection that a Connector makes, and carry on over a new connection when
+// one breaks.
+//
+// The source sends the blocks that were asked for first, then what it was told
+// would be wanted soon, then the rest in order. It holds no memory of earlier
+// connections: on each new one the destination says what it has, and only the
+// rest travels.
+package migrate
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"time"
+)
+
+// Sizes in bytes.
+const (
+	// DefaultBlockSize is the unit in which a source sends and a destination
+	// remembers, unless told otherwise.
+	DefaultBlockSize = 64 << 10
+	// MinBlockSize and MaxBlockSize bound what both ends accept.
+	MinBlockSize = 512
+	MaxBlockSize = 32 << 20
+)
+
+// ErrClosed says that the Source or the Destination was closed.
+var ErrClosed = errors.New("migrate: closed")
+
+// Connector makes one connection to the other side: it dials, or accepts the
+// next one. It returns when it has one or when ctx is done.
+type Connector func(ctx context.Context) (io.ReadWriteCloser, error)
+
+// States of a disk, as DiskStatus.State has them.
+const (
+	StateWaiting   = "waiting"   // no connection to the other side
+	StateMigrating = "migrating" // blocks travel
+	StateComplete  = "complete"  // every block is at the destination, which has said so
+)
+
+// DiskStatus is one disk's progress, seen from either side. All sizes are in
+// bytes.
+type DiskStatus struct {
+	Name      string
+	Size      int64
+	BlockSize int64
+	State     string // StateWaiting, StateMigrating or StateComplete
+
+	// BytesDone is what is settled: at a destination, what is local; at a
+	// source, what was acknowledged or is not needed.
+	BytesDone     int64
+	BytesSent     int64 // data that went out, as it was on the wire: a zero run counts a few bytes
+	BytesReceived int64 // disk content that came in, zero runs counted whole
+	BytesWritten  int64 // at a destination: what is local because it was written there
+
+	Waiting    int           // reads that wait for a block
+	OldestWait time.Duration // how long the first of them has waited
+	Connected  bool
+	Reconnects int
+	Err        error // the last thing that went wrong with this disk, nil if nothing did
+}
+
+func logger(l *slog.Logger) *slog.Logger {
+	if l == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return l
+}

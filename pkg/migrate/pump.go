@@ -1,0 +1,417 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+const (
+	// A plain Silo destination stalls with more than 32 requests of one kind
+	// unanswered; the background and demand share them.
+	plainBulkPackets   = 24
+	plainDemandPackets = 8
+	// Of a destination that knows our extension these many are asked.
+	bulkPackets   = 256
+	demandPackets = 64
+	// maxZeroRun is the most that one zero run covers, in bytes.
+	maxZeroRun = 1 << 30
+	// zeroCost is what a zero run counts for in the window: it measures nothing.
+	zeroCost = 0
+)
+
+// sender is what the pump needs of a protocol.ToProtocol.
+type sender interface {
+	StartWrite(pri protocol.Priority, p []byte, off int64, c protocol.Completion) error
+	StartZero(pri protocol.Priority, off, length int64, c protocol.Completion) error
+	PeerKnown() <-chan struct{}
+	Peer() (wire.Extension, bool)
+}
+
+// pump moves one disk's blocks over one connection: what the order says is
+// next, the background within the window and the rate, demand beside them.
+type pump struct {
+	disk    SourceDisk
+	order   *order
+	to      sender
+	window  *window       // shared by the disks of a connection
+	limiter *rate.Limiter // nil: no limit
+	counts  *counters
+
+	// runBytes is the largest data packet that the other side takes; one block
+	// until it has said more.
+	runBytes    atomic.Int64
+	demandSlots chan struct{} // capacity demandPackets; one taken for each demand packet in flight
+	flights     sync.Pool     // of *flight
+	greeted     func()        // called for every answer
+
+	failOnce sync.Once
+	failed   chan struct{} // closed after err is set
+	err      error         // why the disk cannot be moved; read only after failed
+}
+
+// counters are one disk's totals over all connections.
+type counters struct {
+	sent atomic.Int64 // bytes of data packets
+}
+
+func newPump(disk SourceDisk, o *order, to sender, w *window, l *rate.Limiter, c *counters, greeted func()) *pump {
+	p := &pump{
+		disk: disk, order: o, to: to, window: w, limiter: l, counts: c, greeted: greeted,
+		demandSlots: make(chan struct{}, demandPackets),
+		failed:      make(chan struct{}),
+	}
+	p.flights.New = func() any { return &flight{pump: p} }
+	p.runBytes.Store(o.geo.blockSize)
+	for range demandPackets - plainDemandPackets {
+		p.demandSlots <- struct{}{} // a plain peer until it says otherwise
+	}
+	return p
+}
+
+// upgrade begins to send runs of blocks, once the other side has said that it
+// takes them.
+func (p *pump) upgradeLoop(ctx context.Context) error {
+	select {
+	case <-p.to.PeerKnown():
+	case <-ctx.Done():
+		return nil
+	}
+	ext, ok := p.to.Peer()
+	if !ok {
+		return nil
+	}
+	p.greeted()
+	bs := p.order.geo.blockSize
+	p.runBytes.Store(max(bs, min(int64(ext.MaxData), maxPacket)/bs*bs))
+	p.window.setMaxPackets(bulkPackets)
+	for range demandPackets - plainDemandPackets {
+		<-p.demandSlots
+	}
+	return nil
+}
+
+// bulkLoop sends the background until ctx is done or the disk fails.
+func (p *pump) bulkLoop(ctx context.Context) error {
+	r := p.newReader()
+	for {
+		delayed := p.order.release(time.Now())
+		from, ok := p.order.peekBulk()
+		if !ok {
+			if err := p.waitBulk(ctx, delayed); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := p.sendBulk(ctx, r, from); err != nil {
+			return err
+		}
+	}
+}
+
+// waitBulk waits for something to send; delayed, if not 0, is when a block
+// that failed is due.
+func (p *pump) waitBulk(ctx context.Context, delayed time.Duration) error {
+	var due <-chan time.Time
+	if delayed > 0 {
+		t := time.NewTimer(delayed)
+		defer t.Stop()
+		due = t.C
+	}
+	select {
+	case <-p.order.bulkWake:
+		return nil
+	case <-due:
+		return nil
+	case <-p.failed:
+		return p.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// sendBulk sends the run that begins at block from: a hole as one zero run,
+// data as one packet for each stretch of it.
+func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
+	limit, hole, err := r.run(from, min(p.runBytes.Load(), p.window.packet()))
+	if err != nil {
+		return p.fail(err)
+	}
+	if hole {
+		return p.sendHole(ctx, from, limit)
+	}
+	s, ok := p.order.takeBulk(from, limit)
+	if !ok {
+		return nil // demand was faster
+	}
+	return p.sendData(ctx, r, s, protocol.PriorityBulk)
+}
+
+func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
+	if p.runBytes.Load() == p.order.geo.blockSize {
+		limit = 1 // a plain peer takes one block
+	}
+	s, ok := p.order.takeBulk(from, limit)
+	if !ok {
+		return nil
+	}
+	return p.sendZeroes(ctx, s, protocol.PriorityBulk)
+}
+
+// demandLoop sends what is asked for until ctx is done or the disk fails.
+func (p *pump) demandLoop(ctx context.Context) error {
+	r := p.newReader()
+	for {
+		s, ok := p.order.nextUrgent(max(1, p.runBytes.Load()/p.order.geo.blockSize))
+		if ok {
+			if err := p.sendData(ctx, r, s, protocol.PriorityUrgent); err != nil {
+				return err
+			}
+			continue
+		}
+		select {
+		case <-p.order.urgentWake:
+		case <-p.failed:
+			return p.err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// sendData reads s and sends it: zero blocks as zero runs, the others as data.
+// A block that cannot be read is tried again later.
+func (p *pump) sendData(ctx context.Context, r *reader, s span, pri protocol.Priority) error {
+	data, err := r.read(s)
+	if err != nil {
+		return p.retry(s, err)
+	}
+	for s.from < s.to {
+		n, zero := r.stretch(data)
+		part := span{s.from, s.from + n}
+		_, length := p.order.geo.bytes(part)
+		if zero {
+			err = p.sendZeroes(ctx, part, pri)
+		} else {
+			err = p.sendPacket(ctx, part, data[:length], pri)
+		}
+		if err != nil {
+			return err
+		}
+		data, s.from = data[length:], part.to
+	}
+	return nil
+}
+
+func (p *pump) sendPacket(ctx context.Context, s span, data []byte, pri protocol.Priority) error {
+	f, err := p.takeOff(ctx, s, int64(len(data)), pri)
+	if err != nil {
+		return err
+	}
+	off, _ := p.order.geo.bytes(s)
+	p.counts.sent.Add(int64(len(data)))
+	return f.sent(p.to.StartWrite(pri, data, off, f))
+}
+
+func (p *pump) sendZeroes(ctx context.Context, s span, pri protocol.Priority) error {
+	f, err := p.takeOff(ctx, s, zeroCost, pri)
+	if err != nil {
+		return err
+	}
+	off, length := p.order.geo.bytes(s)
+	return f.sent(p.to.StartZero(pri, off, length, f))
+}
+
+// takeOff waits for leave to send n bytes: of the rate and the window for the
+// background, of a bound on packets for demand, which never waits for the
+// background.
+func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priority) (*flight, error) {
+	f := p.flights.Get().(*flight)
+	f.span, f.demand = s, pri == protocol.PriorityUrgent
+	if f.demand {
+		select {
+		case p.demandSlots <- struct{}{}:
+			return f, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	if p.limiter != nil && n > 0 {
+		if err := p.limiter.WaitN(ctx, int(n)); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	f.mark, err = p.window.acquire(ctx, n)
+	return f, err
+}
+
+// retry puts s back, to be tried again later; its error is the disk's when it
+// has been tried often enough.
+func (p *pump) retry(s span, err error) error {
+	if p.order.failed(s, time.Now()) {
+		return nil
+	}
+	return p.fail(fmt.Errorf("gave up after %d tries: %w", maxAttempts, err))
+}
+
+// fail ends the disk with err.
+func (p *pump) fail(err error) error {
+	p.failOnce.Do(func() {
+		p.err = &DiskError{Name: p.disk.Name, Err: err}
+		close(p.failed)
+	})
+	<-p.failed
+	return p.err
+}
+
+// DiskError says that one disk cannot be moved. Connecting again does not help.
+type DiskError struct {
+	Name string
+	Err  error
+}
+
+func (e *DiskError) Error() string { return fmt.Sprintf("disk %s: %v", e.Name, e.Err) }
+
+func (e *DiskError) Unwrap() error { return e.Err }
+
+// flight is one packet that was sent and not answered.
+type flight struct {
+	pump   *pump
+	span   span
+	demand bool
+	mark   flightMark
+}
+
+// sent takes the result of sending; if it failed nobody will call Complete.
+func (f *flight) sent(err error) error {
+	if err != nil {
+		f.land(false)
+	}
+	return err
+}
+
+// Complete takes the answer: the blocks are settled, or tried again.
+func (f *flight) Complete(err error) {
+	p, s := f.pump, f.span
+	f.land(err == nil)
+	var refused *protocol.RemoteError
+	switch {
+	case err == nil:
+		p.greeted()
+		p.order.done(s)
+	case errors.As(err, &refused):
+		p.greeted()
+		off, length := p.order.geo.bytes(s)
+		// The error, if it is the last, reaches the loops through p.failed.
+		_ = p.retry(s, fmt.Errorf("the destination refused %d bytes at %d (its log says why): %w", length, off, err))
+	default:
+		// The connection is gone, and this order with it.
+	}
+}
+
+// land gives back what takeOff took.
+func (f *flight) land(ok bool) {
+	p := f.pump
+	if f.demand {
+		<-p.demandSlots
+	} else {
+		p.window.release(f.mark, ok)
+	}
+	p.flights.Put(f)
+}
+
+// reader reads runs of a disk into a buffer of its own.
+type reader struct {
+	disk SourceDisk
+	geo  geometry
+	buf  []byte
+	ext  storage.Extenter // nil: the disk knows no holes
+	// The extent that was looked up last, in bytes.
+	extFrom, extTo int64
+	extHole        bool
+}
+
+func (p *pump) newReader() *reader {
+	ext, _ := p.disk.Store.(storage.Extenter)
+	return &reader{
+		disk: p.disk, geo: p.order.geo, ext: ext,
+		buf: make([]byte, max(maxPacket, p.order.geo.blockSize)),
+	}
+}
+
+// run returns how many blocks from block from on can go into one packet of at
+// most packet bytes; for a hole, how many lie wholly inside it.
+func (r *reader) run(from, packet int64) (blocks int64, hole bool, err error) {
+	blocks = packet / r.geo.blockSize
+	if r.ext == nil {
+		return blocks, false, nil
+	}
+	off := from * r.geo.blockSize
+	if off < r.extFrom || off >= r.extTo {
+		end, hole, err := r.ext.ExtentAt(off)
+		if err != nil {
+			return 0, false, err
+		}
+		r.extFrom, r.extTo, r.extHole = off, end, hole
+	}
+	if !r.extHole {
+		return blocks, false, nil
+	}
+	inHole, ok := r.geo.inside(off, min(r.extTo-off, maxZeroRun))
+	if !ok {
+		return 1, false, nil // the hole ends inside the block
+	}
+	return inHole.len(), true, nil
+}
+
+// read returns the bytes of s, which the next call overwrites.
+func (r *reader) read(s span) ([]byte, error) {
+	off, length := r.geo.bytes(s)
+	b := r.buf[:length]
+	if n, err := r.disk.Store.ReadAt(b, off); n < len(b) {
+		return nil, fmt.Errorf("read %d bytes at %d: %w", length, off, err)
+	}
+	return b, nil
+}
+
+// stretch returns how many blocks at the start of data are alike: all zero, or
+// none.
+func (r *reader) stretch(data []byte) (blocks int64, zero bool) {
+	bs := int(r.geo.blockSize)
+	zero = isZero(data[:min(bs, len(data))])
+	blocks = 1
+	for data = data[min(bs, len(data)):]; len(data) > 0; blocks++ {
+		n := min(bs, len(data))
+		if isZero(data[:n]) != zero {
+			break
+		}
+		data = data[n:]
+	}
+	return blocks, zero
+}
+
+var zeroes [4096]byte
+
+// isZero says whether all of b is zero. Data is nearly always told by its
+// first bytes.
+func isZero(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), len(zeroes))
+		if !bytes.Equal(b[:n], zeroes[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
+}

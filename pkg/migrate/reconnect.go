@@ -1,0 +1,112 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+)
+
+const (
+	firstBackoff = 100 * time.Millisecond
+	maxBackoff   = 10 * time.Second
+	// retryLogEvery is how often a line says that we still try to connect.
+	retryLogEvery = time.Minute
+	// greetTimeout is how long a new peer may take to say its first word.
+	greetTimeout = 10 * time.Second
+)
+
+// errSilent says that a peer took the connection and then said nothing.
+var errSilent = fmt.Errorf("the peer took the connection but has said nothing for %v: is it the other end of a migration?", greetTimeout)
+
+// FatalError says that connecting again cannot help.
+type FatalError struct{ Err error }
+
+func (e *FatalError) Error() string { return e.Err.Error() }
+
+func (e *FatalError) Unwrap() error { return e.Err }
+
+// sessions runs one session after another until one ends well.
+type sessions struct {
+	connect   Connector
+	listening bool // connect accepts: a stranger that calls is not our end
+	log       *slog.Logger
+	// session serves one connection, which it closes. greeted says that the
+	// other side spoke our protocol.
+	session func(ctx context.Context, conn io.ReadWriteCloser) (greeted bool, err error)
+}
+
+// run returns nil when a session ended well, the cause when ctx is done, and
+// an error that connecting again cannot mend. Until the first connection on
+// which the other side spoke our protocol that is every error, unless we are
+// the one who listens.
+func (s *sessions) run(ctx context.Context) error {
+	known := false
+	for retry := newBackoff(s.log); ; {
+		greeted, err := s.once(ctx)
+		var fatal *FatalError
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case errors.As(err, &fatal), errors.Is(err, net.ErrClosed) && s.listening && !greeted:
+			return err
+		case !greeted && !known && !s.listening:
+			return err
+		}
+		if greeted {
+			known = true
+			retry.reset()
+		}
+		if err := retry.wait(ctx, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
+	conn, err := s.connect(ctx)
+	if err != nil {
+		return false, err
+	}
+	return s.session(ctx, conn)
+}
+
+// backoff waits longer and longer between tries, and says so now and then.
+type backoff struct {
+	log    *slog.Logger
+	pause  time.Duration
+	since  time.Time // of the first failure in a row
+	logged time.Time
+}
+
+func newBackoff(log *slog.Logger) *backoff {
+	return &backoff{log: log, pause: firstBackoff}
+}
+
+func (b *backoff) reset() { *b = backoff{log: b.log, pause: firstBackoff} }
+
+func (b *backoff) wait(ctx context.Context, cause error) error {
+	now := time.Now()
+	if b.since.IsZero() {
+		b.since = now
+	}
+	if now.Sub(b.logged) >= retryLogEvery {
+		b.log.Warn("no connection to the other side; trying again until it is back",
+			"cause", cause, "for", now.Sub(b.since).Round(time.Second))
+		b.logged = now
+	}
+	t := time.NewTimer(b.pause)
+	defer t.Stop()
+	b.pause = min(2*b.pause, maxBackoff)
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

@@ -1,0 +1,176 @@
+package migrate
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+const (
+	// The window is windowGain times what the path holds, plus two packets. A
+	// gain over 1 lets the window grow by a quarter each round trip while the
+	// path takes it, and leaves a quarter of a round trip queued when it does
+	// not: a demand read waits behind no more than that.
+	windowGain = 1.25
+	// A packet of the background is about what the path moves in packetTime,
+	// since a demand read waits for the packet that is on its way.
+	packetTime = 2 * time.Millisecond
+	maxPacket  = 1 << 20
+	// firstWindow is the window until the path has been measured.
+	firstWindow = 256 << 10
+	maxWindow   = 64 << 20
+	// rttLife is how long the smallest round trip is trusted; then the window
+	// is closed for one round trip to measure it again.
+	rttLife = 10 * time.Second
+	// rateLife is the shortest time for which a delivery rate is remembered.
+	rateLife = 250 * time.Millisecond
+)
+
+// window bounds the bytes of background data in flight (sent, not yet
+// answered) on one connection to what the path needs: its delivery rate times
+// its smallest round trip. The idea, and the measuring of the rate between two
+// answers, are those of the BBR congestion control (Cardwell and others, 2016).
+type window struct {
+	blockSize int64
+	// wake has capacity 1: there may be room. Who takes it passes it on.
+	wake chan struct{}
+
+	mu sync.Mutex
+	// Guarded by mu:
+	maxPackets     int
+	bytes, packets int64     // in flight
+	delivered      int64     // bytes answered so far
+	deliveredAt    time.Time // when the last of them was
+	minRTT         time.Duration
+	minRTTAt       time.Time
+	probing        bool      // closed to one packet, to see the path empty
+	rate, oldRate  float64   // bytes a second: the best of this rate period and of the last
+	rateAt         time.Time // when this rate period began
+}
+
+// flightMark is what the window needs to know of a packet when it comes back.
+type flightMark struct {
+	bytes       int64
+	sentAt      time.Time
+	delivered   int64
+	deliveredAt time.Time
+	probe       bool // sent alone, to measure the round trip
+}
+
+func newWindow(blockSize int64, maxPackets int) *window {
+	return &window{blockSize: blockSize, maxPackets: maxPackets, wake: make(chan struct{}, 1)}
+}
+
+// acquire waits until n bytes may be sent, and counts them as sent now.
+func (w *window) acquire(ctx context.Context, n int64) (flightMark, error) {
+	for {
+		w.mu.Lock()
+		if w.roomLocked(n) {
+			m := w.sendLocked(n, time.Now())
+			w.mu.Unlock()
+			notify(w.wake)
+			return m, nil
+		}
+		w.mu.Unlock()
+		select {
+		case <-w.wake:
+		case <-ctx.Done():
+			return flightMark{}, context.Cause(ctx)
+		}
+	}
+}
+
+// roomLocked says whether n more bytes may fly. One packet always may.
+func (w *window) roomLocked(n int64) bool {
+	if w.packets == 0 {
+		return true
+	}
+	return !w.probing && w.packets < int64(w.maxPackets) && w.bytes+n <= w.limitLocked()
+}
+
+func (w *window) sendLocked(n int64, now time.Time) flightMark {
+	alone := w.packets == 0
+	if alone {
+		w.deliveredAt = now // an idle path has no rate
+	}
+	w.packets++
+	w.bytes += n
+	return flightMark{
+		bytes: n, sentAt: now, delivered: w.delivered, deliveredAt: w.deliveredAt,
+		probe: alone && w.probing,
+	}
+}
+
+// setMaxPackets bounds the packets in flight.
+func (w *window) setMaxPackets(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.maxPackets = n
+	notify(w.wake)
+}
+
+// release takes a packet out of flight. Only one that was taken by the other
+// side (ok) and whose cost is its bytes measures the path.
+func (w *window) release(m flightMark, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.packets--
+	w.bytes -= m.bytes
+	if now := time.Now(); ok && m.bytes > 0 {
+		w.measureLocked(m, now)
+	}
+	notify(w.wake)
+}
+
+func (w *window) measureLocked(m flightMark, now time.Time) {
+	w.delivered += m.bytes
+	w.deliveredAt = now
+	if rtt := now.Sub(m.sentAt); w.minRTT == 0 || rtt <= w.minRTT || m.probe {
+		w.minRTT, w.minRTTAt, w.probing = max(rtt, time.Microsecond), now, false
+	} else if now.Sub(w.minRTTAt) > rttLife {
+		w.probing = true
+	}
+	span := now.Sub(m.deliveredAt)
+	if span <= 0 {
+		return
+	}
+	if now.Sub(w.rateAt) > max(rateLife, 8*w.minRTT) {
+		w.oldRate, w.rate, w.rateAt = w.rate, 0, now
+	}
+	w.rate = max(w.rate, float64(w.delivered-m.delivered)/span.Seconds())
+}
+
+func (w *window) limitLocked() int64 {
+	rate := max(w.rate, w.oldRate)
+	if rate == 0 {
+		return firstWindow
+	}
+	return min(maxWindow, int64(windowGain*rate*w.minRTT.Seconds())+2*w.packetLocked())
+}
+
+// packet is the size in bytes of the next packet of the background: whole
+// blocks, at least one.
+func (w *window) packet() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.packetLocked()
+}
+
+func (w *window) packetLocked() int64 {
+	n := int64(max(w.rate, w.oldRate) * packetTime.Seconds())
+	n = min(n, maxPacket) / w.blockSize * w.blockSize
+	return max(n, w.blockSize)
+}
+
+// windowStats is what the window has found out about the path.
+type windowStats struct {
+	inFlight, limit int64         // bytes
+	rate            float64       // bytes a second
+	minRTT          time.Duration // of a packet of the background
+}
+
+func (w *window) stats() windowStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return windowStats{w.bytes, w.limitLocked(), max(w.rate, w.oldRate), w.minRTT}
+}
