@@ -80,7 +80,7 @@ func (w *waits) next(s *Stream) (ask bool, r span, ok bool) {
 		if lo = state.nextMissing(lo, hi); lo == hi {
 			continue
 		}
-		end := state.nextLocal(lo, hi)
+		end := state.nextLocal(lo+1, hi) // lo may have arrived since: no matter
 		w.ask.add(end, hi)
 		w.asked++
 		return true, span{lo, end}, true

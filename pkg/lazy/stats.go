@@ -79,7 +79,7 @@ func (d *Device) EachMissing(yield func(off, length int64) bool) {
 func (d *Device) each(begin, end func(lo, hi int64) int64, yield func(off, length int64) bool) {
 	n := d.state.blocks
 	for lo := begin(0, n); lo < n; {
-		hi := end(lo, n)
+		hi := end(lo+1, n) // at least lo, whatever happened since
 		off, _ := d.extent(lo)
 		_, stop := d.extent(hi - 1)
 		if !yield(off, stop-off) {
@@ -170,7 +170,7 @@ func (d *Device) allocationAt(off, end int64) (stop int64, flags uint32, err err
 	if missing := d.state.nextMissing(lo, hi); missing > lo {
 		_, stop = d.extent(missing - 1)
 	} else {
-		_, stop = d.extent(d.state.nextLocal(lo, hi) - 1)
+		_, stop = d.extent(d.state.nextLocal(lo+1, hi) - 1)
 		return min(stop, end), flagData, nil
 	}
 	stop = min(stop, end)

@@ -245,7 +245,7 @@ func (w *waits) prefetch(d *Device, lo, hi int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for lo = d.state.nextMissing(lo, hi); lo < hi; {
-		end := d.state.nextLocal(lo, hi)
+		end := d.state.nextLocal(lo+1, hi)
 		w.ask.add(lo, end)
 		lo = d.state.nextMissing(end, hi)
 	}
