@@ -48,6 +48,9 @@ func (p *ProtocolRW) readPacket(h wire.Header) error {
 		return fmt.Errorf("device %d: %s packet of %d bytes: %w of %d bytes", h.Dev, command, h.Length, wire.ErrTooLarge, limit)
 	}
 	if err := p.dispatch(command, h); err != nil {
+		if _, named := errors.AsType[*wire.PacketError](err); named {
+			return fmt.Errorf("device %d: %w", h.Dev, err)
+		}
 		return fmt.Errorf("device %d: %s packet of %d bytes: %w", h.Dev, command, h.Length, err)
 	}
 	return nil

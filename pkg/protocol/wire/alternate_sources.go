@@ -37,7 +37,7 @@ func (m *AlternateSources) UnmarshalBinary(b []byte) error {
 		s := &m.Sources[i]
 		s.Off, s.Length = c.i64(), c.i64()
 		copy(s.Sum[:], c.bytes(HashSize))
-		s.Location = c.bytes(c.count(1, len(c.b)))
+		s.Location = c.bytes(c.count(1, MaxLocation))
 	}
 	return c.done()
 }

@@ -6,8 +6,7 @@ import (
 	"fmt"
 )
 
-// What can be wrong with a packet. They come wrapped with the command that was
-// expected and the packet's length.
+// What can be wrong with a packet. They come wrapped in a PacketError.
 var (
 	// ErrShort says that the packet ends before what it announces.
 	ErrShort = errors.New("packet is too short")
@@ -43,15 +42,25 @@ func newCursor(b []byte, want Command) cursor {
 
 func (c *cursor) fail(err error) {
 	if c.err == nil {
-		c.err = packetError(c.want, c.size, err)
+		c.err = &PacketError{Command: c.want, Size: c.size, Err: err}
 	}
 	c.b = nil
 }
 
-// packetError says which packet it was, and how long.
-func packetError(command Command, size int, err error) error {
-	return fmt.Errorf("wire: %s packet of %d bytes: %w", command, size, err)
+// PacketError says which packet could not be decoded, and why.
+type PacketError struct {
+	Command Command // that was expected
+	Size    int     // bytes of the packet
+	Err     error   // one of those above, or wrapping one
 }
+
+// Error names the command and the length.
+func (e *PacketError) Error() string {
+	return fmt.Sprintf("wire: %s packet of %d bytes: %v", e.Command, e.Size, e.Err)
+}
+
+// Unwrap is the reason.
+func (e *PacketError) Unwrap() error { return e.Err }
 
 // bytes takes n bytes, which alias the packet.
 func (c *cursor) bytes(n int) []byte {

@@ -13,6 +13,8 @@ const (
 	MaxExtension = 64 << 10
 	// MaxAlternateSources is the most entries of one AlternateSources packet.
 	MaxAlternateSources = 1 << 20
+	// MaxLocation is the longest location in it, in bytes.
+	MaxLocation = 64 << 10
 	// MaxMapEntries is the most entries of a WriteAtWithMap or RemoveFromMap.
 	MaxMapEntries = 1 << 20
 	// MaxRunLength is the most bytes that one run-length packet may stand for.
