@@ -1,0 +1,179 @@
+package disks
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// parse makes specs of flags whose paths lie in dir.
+func parse(t *testing.T, dir string, flags ...string) []Spec {
+	t.Helper()
+	specs, err := ParseSpecs(flags)
+	require.NoError(t, err)
+	for i := range specs {
+		specs[i].Path = filepath.Join(dir, specs[i].Path)
+	}
+	return specs
+}
+
+func file(t *testing.T, path, content string) {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+}
+
+func TestMissingDiskIsMadeSparse(t *testing.T) {
+	dir := t.TempDir()
+	set, err := OpenDestination(parse(t, dir, "b.raw"), "", false)
+	require.NoError(t, err)
+	require.Equal(t, 1, set.Expected())
+	require.NoFileExists(t, dir+"/b.raw", "nothing is made before the source has said the size")
+	d, err := set.Open("from the source", 1<<30)
+	require.NoError(t, err)
+	require.Equal(t, "from the source", d.Name)
+	require.True(t, d.KnownZero)
+	require.EqualValues(t, 1<<30, d.Size())
+	require.NoError(t, d.Close())
+	require.NoError(t, set.Close())
+}
+
+func TestExistingDiskNeedsOverwrite(t *testing.T) {
+	dir := t.TempDir()
+	file(t, dir+"/b.raw", "precious")
+	_, err := OpenDestination(parse(t, dir, "b.raw"), "", false)
+	require.ErrorContains(t, err, "exists: give --overwrite")
+	got, err := os.ReadFile(dir + "/b.raw")
+	require.NoError(t, err)
+	require.Equal(t, "precious", string(got))
+}
+
+func TestOverwrittenDiskGetsTheSizeAndIsNotTakenForZero(t *testing.T) {
+	for name, before := range map[string]string{"shorter": "abc", "longer": "0123456789", "empty": "", "equal": "12345678"} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			file(t, dir+"/b.raw", before)
+			set, err := OpenDestination(parse(t, dir, "b.raw"), "", true)
+			require.NoError(t, err)
+			info, err := os.Stat(dir + "/b.raw")
+			require.NoError(t, err)
+			require.EqualValues(t, len(before), info.Size(), "nothing changes before the source has come")
+			d, err := set.Open("a", 8)
+			require.NoError(t, err)
+			require.False(t, d.KnownZero)
+			require.EqualValues(t, 8, d.Size())
+			require.NoError(t, d.Close())
+			require.NoError(t, set.Close())
+		})
+	}
+}
+
+func TestDiskInUseIsRefusedBeforeAnythingIsSent(t *testing.T) {
+	dir := t.TempDir()
+	file(t, dir+"/a.raw", "12345678")
+	specs := parse(t, dir, "a.raw")
+	files, err := OpenSource(specs)
+	require.NoError(t, err)
+	_, err = OpenDestination(specs, "", true)
+	require.ErrorContains(t, err, "in use")
+	require.NoError(t, files[0].Close())
+
+	set, err := OpenDestination(specs, "", true)
+	require.NoError(t, err)
+	_, err = OpenSource(specs)
+	require.ErrorContains(t, err, "in use")
+	require.NoError(t, set.Close())
+	files, err = OpenSource(specs)
+	require.NoError(t, err, "closing lets go of disks that were not asked for")
+	require.NoError(t, files[0].Close())
+}
+
+func TestDisksAreFoundByName(t *testing.T) {
+	dir := t.TempDir()
+	set, err := OpenDestination(parse(t, dir, "root=x.raw", "data.raw"), "", false)
+	require.NoError(t, err)
+	require.Equal(t, 2, set.Expected())
+	d, err := set.Open("root", 100)
+	require.NoError(t, err)
+	require.Equal(t, dir+"/x.raw", d.Path())
+	require.Equal(t, "root", d.Name)
+	require.NoError(t, d.Close())
+	_, err = set.Open("x", 100)
+	require.ErrorContains(t, err, `no --disk is called "x"`)
+
+	named, err := OpenDestination(parse(t, dir, "root=y.raw"), "", false)
+	require.NoError(t, err)
+	_, err = named.Open("other", 100)
+	require.ErrorContains(t, err, `no --disk is called "other"`)
+	require.NoFileExists(t, dir+"/y.raw")
+}
+
+func TestSourceWithoutNameGetsTheFiles(t *testing.T) {
+	set, err := OpenDestination(parse(t, t.TempDir(), "b.raw"), "", false)
+	require.NoError(t, err)
+	d, err := set.Open("", 100)
+	require.NoError(t, err)
+	require.Equal(t, "b", d.Name)
+	require.NoError(t, d.Close())
+}
+
+// TestHostileNameNeverBecomesAPath is trap P7.
+func TestHostileNameNeverBecomesAPath(t *testing.T) {
+	outer := t.TempDir()
+	dir := filepath.Join(outer, "disks")
+	require.NoError(t, os.Mkdir(dir, 0o700))
+	set, err := OpenDestination(nil, dir, true)
+	require.NoError(t, err)
+	require.Zero(t, set.Expected())
+	for _, name := range hostileNames {
+		_, err := set.Open(name, 100)
+		require.Error(t, err, "%.20q", name)
+	}
+	for _, d := range []string{outer, dir} {
+		entries, err := os.ReadDir(d)
+		require.NoError(t, err)
+		require.LessOrEqual(t, len(entries), 1)
+	}
+	d, err := set.Open("vm-1", 100)
+	require.NoError(t, err)
+	require.Equal(t, dir+"/vm-1.raw", d.Path())
+	require.NoError(t, d.Close())
+
+	careful, err := OpenDestination(nil, dir, false)
+	require.NoError(t, err)
+	_, err = careful.Open("vm-1", 100)
+	require.ErrorContains(t, err, "exists")
+}
+
+func TestBadDisksAreRefused(t *testing.T) {
+	dir := t.TempDir()
+	file(t, dir+"/empty.raw", "")
+	file(t, dir+"/file", "x")
+	for flag, want := range map[string]string{
+		"nothing.raw": "does not exist",
+		"empty.raw":   "empty",
+		".":           "directory",
+	} {
+		_, err := OpenSource(parse(t, dir, "n="+flag))
+		require.ErrorContains(t, err, want, flag)
+	}
+	_, err := OpenDestination(parse(t, dir, "n=."), "", true)
+	require.ErrorContains(t, err, "directory")
+	_, err = OpenDestination(parse(t, dir, "no/such/b.raw"), "", true)
+	require.ErrorContains(t, err, "no such file")
+	_, err = OpenDestination(nil, dir+"/file", true)
+	require.ErrorContains(t, err, "not a directory")
+	_, err = OpenDestination(nil, dir+"/nowhere", true)
+	require.ErrorContains(t, err, "no such file")
+}
+
+func TestSourceOpensAllOrNone(t *testing.T) {
+	dir := t.TempDir()
+	file(t, dir+"/a.raw", "12345678")
+	_, err := OpenSource(parse(t, dir, "a.raw", "b.raw"))
+	require.Error(t, err)
+	set, err := OpenDestination(parse(t, dir, "a.raw"), "", true)
+	require.NoError(t, err, "the first disk must not stay locked")
+	require.NoError(t, set.Close())
+}
