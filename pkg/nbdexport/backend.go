@@ -1,0 +1,174 @@
+package nbdexport
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/pojntfx/go-nbd/pkg/backend"
+)
+
+// A backend may implement the interfaces below; each is found by itself.
+//
+// The contexts end when the client has gone, when the server shuts down, or
+// when the stall rule says so. A backend that is about to wait for something
+// slow (the network, not the disk) asks its context for Done then, and not
+// before: that is what tells the server that the request waits, so that others
+// are served meanwhile and the wait shows in the log. Asking always is correct
+// too, but slower.
+type (
+	// ReaderAtContext is a backend whose reads can be given up.
+	ReaderAtContext interface {
+		ReadAtContext(ctx context.Context, p []byte, off int64) (int, error)
+	}
+
+	// WriterAtContext is a backend whose writes can be given up. An error says
+	// nothing about which of the bytes were written.
+	WriterAtContext interface {
+		WriteAtContext(ctx context.Context, p []byte, off int64) (int, error)
+	}
+
+	// SyncerContext is a backend whose Sync can be given up.
+	SyncerContext interface {
+		SyncContext(ctx context.Context) error
+	}
+
+	// ZeroerContext is a backend that zeroes a range without being sent the
+	// zeroes: NBD_CMD_WRITE_ZEROES. With punch the space may be given back.
+	ZeroerContext interface {
+		ZeroAtContext(ctx context.Context, off, length int64, punch bool) error
+	}
+
+	// FastZeroer says that ZeroAtContext is always faster than a write of
+	// zeroes. Without it NBD_CMD_FLAG_FAST_ZERO is not advertised.
+	FastZeroer interface {
+		CanFastZero() bool
+	}
+
+	// TrimmerContext is a backend that can be told that a range is not needed:
+	// NBD_CMD_TRIM.
+	TrimmerContext interface {
+		TrimAtContext(ctx context.Context, off, length int64) error
+	}
+
+	// Prefetcher is a backend that can be told that a range will be read soon:
+	// NBD_CMD_CACHE. It asks and does not wait.
+	Prefetcher interface {
+		Prefetch(off, length int64) error
+	}
+
+	// BlockStatuser is a backend that knows something about its ranges:
+	// NBD_CMD_BLOCK_STATUS. MetaContexts are the names of what it knows, such
+	// as base:allocation. BlockStatus yields the runs from off on, in order
+	// and without gaps, until they cover length or yield returns false.
+	BlockStatuser interface {
+		MetaContexts() []string
+		BlockStatus(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error
+	}
+
+	// MultiConner says whether a Sync on one connection covers the writes of
+	// all others. Without it that is taken for granted, since all connections
+	// share one backend.
+	MultiConner interface {
+		CanMultiConn() bool
+	}
+)
+
+// store is a backend with all that it can do; a nil field is what it cannot.
+type store struct {
+	backend.Backend
+
+	read     ReaderAtContext
+	write    WriterAtContext
+	sync     SyncerContext
+	zero     ZeroerContext
+	trim     TrimmerContext
+	prefetch Prefetcher
+	status   BlockStatuser
+
+	size      int64
+	fastZero  bool
+	multiConn bool
+	contexts  []string
+	allocated bool // base:allocation is one of contexts
+}
+
+func newStore(b backend.Backend) (*store, error) {
+	s := &store{Backend: b, multiConn: true}
+	var err error
+	if s.size, err = b.Size(); err != nil {
+		return nil, fmt.Errorf("size: %w", err)
+	}
+	if s.size < 0 {
+		return nil, fmt.Errorf("size: %d bytes is no size", s.size)
+	}
+	s.read, _ = b.(ReaderAtContext)
+	s.write, _ = b.(WriterAtContext)
+	s.sync, _ = b.(SyncerContext)
+	s.zero, _ = b.(ZeroerContext)
+	s.trim, _ = b.(TrimmerContext)
+	s.prefetch, _ = b.(Prefetcher)
+	if f, is := b.(FastZeroer); is && s.zero != nil {
+		s.fastZero = f.CanFastZero()
+	}
+	if m, is := b.(MultiConner); is {
+		s.multiConn = m.CanMultiConn()
+	}
+	if s.status, _ = b.(BlockStatuser); s.status != nil {
+		s.contexts = s.status.MetaContexts()
+		for _, name := range s.contexts {
+			s.allocated = s.allocated || name == contextAllocation
+		}
+	}
+	return s, nil
+}
+
+// flags are the transmission flags for one client.
+func (s *store) flags(readOnly bool, mode replyMode, contexts bool) uint16 {
+	f := flagHasFlags | flagSendFlush | flagSendFUA
+	if readOnly {
+		f |= flagReadOnly
+	}
+	if s.multiConn {
+		f |= flagCanMultiConn
+	}
+	if s.trim != nil {
+		f |= flagSendTrim
+	}
+	if s.zero != nil {
+		f |= flagSendWriteZeroes
+	}
+	if s.fastZero {
+		f |= flagSendFastZero
+	}
+	if s.prefetch != nil {
+		f |= flagSendCache
+	}
+	if mode >= modeStructured {
+		f |= flagSendDF
+	}
+	if mode >= modeExtended && contexts {
+		f |= flagBlockStatusPayload
+	}
+	return f
+}
+
+func (s *store) readAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if s.read != nil {
+		return s.read.ReadAtContext(ctx, p, off)
+	}
+	return s.ReadAt(p, off)
+}
+
+func (s *store) writeAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if s.write != nil {
+		return s.write.WriteAtContext(ctx, p, off)
+	}
+	return s.WriteAt(p, off)
+}
+
+func (s *store) flush(ctx context.Context) error {
+	if s.sync != nil {
+		return s.sync.SyncContext(ctx)
+	}
+	return s.Sync()
+}

@@ -1,0 +1,422 @@
+package nbdexport
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// conn is a client attached to an export: the transmission phase.
+//
+// Goroutines of a connection are workers. One of them is the leader: it reads
+// requests, and runs them itself as long as they are short. When a request
+// waits, or is known to take long, another worker becomes the leader, while
+// the first finishes its request.
+type conn struct {
+	s        *Server
+	e        *export
+	store    *store
+	raw      net.Conn // as it was accepted
+	nc       net.Conn // raw, or TLS over it
+	flags    uint16   // transmission flags
+	mode     replyMode
+	contexts []string
+
+	in *reader // the leader's
+
+	// word tells leaders apart: it grows by one when the leader begins to run
+	// something, which makes it odd, and when that has ended. Whoever takes the
+	// second step decides: the leader itself, and it leads on; or another on
+	// its behalf, and the leader is a leader no more.
+	word  atomic.Uint64
+	spell atomic.Int32 // so many more requests get a goroutine of their own
+
+	watching atomic.Bool // the watch timer is set
+	watch    *time.Timer
+	watched  uint64 // the word at the last tick; only the timer's
+
+	role    chan struct{} // takes an idle worker to the lead
+	done    chan struct{} // closed by the last leader: no more requests
+	drained chan struct{} // closed when no request runs any more and the export is left
+	wg      sync.WaitGroup
+
+	allowance atomic.Bool // a request has what is allowed beyond the budget
+
+	mu   sync.Mutex
+	room sync.Cond // on mu: there is room for another request, perhaps
+	// Guarded by mu:
+	active       int        // requests of workers that are not the leader
+	idle         int        // workers without a request
+	waiters      []*request // that wait for data
+	waitingBytes int64      // charged to them
+	queue        []*request // finished, to be answered
+	queued       int64      // bytes of the replies, with those being written
+	writing      bool       // somebody writes replies
+	ended        bool       // no more requests: the client said goodbye, has gone, or is sent away
+	stopping     bool       // requests that wait end with ESHUTDOWN
+	cause        error      // why it is dead
+
+	dead  atomic.Bool   // what has not begun never begins
+	dying chan struct{} // closed with dead
+
+	out writer // of whoever set writing
+}
+
+func newConn(h *handshake, e *export) *conn {
+	c := &conn{
+		s: h.s, e: e, store: e.store, raw: h.raw, nc: h.nc, in: h.in, mode: h.mode,
+		contexts: h.contextsOf(e),
+		role:     make(chan struct{}, 1), done: make(chan struct{}), drained: make(chan struct{}),
+		dying: make(chan struct{}),
+	}
+	c.flags = e.store.flags(e.ReadOnly, c.mode, c.contexts != nil)
+	c.room.L = &c.mu
+	c.out.init(h.nc)
+	return c
+}
+
+// serve runs the transmission phase to its end.
+func (c *conn) serve() {
+	c.s.log.Debug("client attached", "export", c.e.Name, "from", c.raw.RemoteAddr())
+	if f := c.s.o.OnConnect; f != nil {
+		f(c.e.Name)
+	}
+	c.in.grow(readBuffer)
+	c.watch = time.AfterFunc(time.Hour, c.tick)
+	c.watch.Stop()
+	c.wg.Go(c.workLoop)
+	c.wg.Wait()
+	c.watch.Stop()
+	c.flush() // the last replies; a client that has gone does not get them
+	c.finish()
+}
+
+// abandon is for a connection that never came to serve.
+func (c *conn) abandon() {
+	close(c.done)
+	c.finish()
+}
+
+func (c *conn) finish() {
+	c.kill(io.EOF)
+	c.dropQueue()
+	left := c.e.detach(c)
+	close(c.drained)
+	c.mu.Lock()
+	cause := c.cause
+	c.mu.Unlock()
+	c.s.log.Debug("client left", "export", c.e.Name, "from", c.raw.RemoteAddr(), "why", cause)
+	if f := c.s.o.OnDisconnect; f != nil {
+		f(c.e.Name, left)
+	}
+}
+
+// workLoop is the life of a worker, which begins as the leader.
+func (c *conn) workLoop() {
+	for c.lead() && c.rest() {
+	}
+}
+
+// rest waits to be made the leader. It says no when the worker is not needed.
+func (c *conn) rest() bool {
+	c.mu.Lock()
+	if c.idle >= maxIdleWorkers || c.ended {
+		c.mu.Unlock()
+		return false
+	}
+	c.idle++
+	c.mu.Unlock()
+	select {
+	case <-c.role:
+		return true
+	case <-c.done:
+		return false
+	}
+}
+
+// promote makes another worker the leader. The caller was, or acts for one,
+// and from now on counts as active until it calls retire.
+func (c *conn) promote() {
+	c.mu.Lock()
+	c.active++
+	wake := c.idle > 0
+	if wake {
+		c.idle--
+	}
+	c.mu.Unlock()
+	if wake {
+		c.role <- struct{}{} // room for one: there is only one leader
+		return
+	}
+	c.wg.Go(c.workLoop)
+}
+
+// retire is the end of what a worker did after it was the leader.
+func (c *conn) retire() {
+	c.mu.Lock()
+	c.active--
+	last := c.active == 0 && c.ended
+	c.room.Signal()
+	c.mu.Unlock()
+	if last {
+		c.raw.SetReadDeadline(time.Now()) // wakes linger, which waits for nothing else
+	}
+}
+
+// begin marks the leader as running something; end says whether it still leads.
+func (c *conn) begin() (word uint64) {
+	word = c.word.Add(1)
+	if !c.watching.Load() && c.watching.CompareAndSwap(false, true) {
+		c.watch.Reset(stuckAfter)
+	}
+	return word
+}
+
+func (c *conn) end(word uint64) bool { return c.word.CompareAndSwap(word, word+1) }
+
+// tick looks whether the leader is stuck in a request.
+func (c *conn) tick() {
+	word := c.word.Load()
+	switch same := word == c.watched; {
+	case same && word&1 == 0:
+		c.watching.Store(false) // quiet: begin sets the timer again
+		if c.word.Load() == word || !c.watching.CompareAndSwap(false, true) {
+			return
+		}
+	case same:
+		if c.end(word) {
+			c.spell.Store(concurrentSpell)
+			c.promote()
+		}
+	}
+	c.watched = word
+	c.watch.Reset(stuckAfter)
+}
+
+// lead reads requests and runs them. It returns true when another worker leads
+// and what this one had to do is done, false when there are no more requests.
+func (c *conn) lead() bool {
+	size := requestLen
+	if c.mode == modeExtended {
+		size = extendedRequestLen
+	}
+	for {
+		if !c.hasRoom() {
+			if !c.flushLeading() {
+				return true
+			}
+			if !c.waitRoom() {
+				return c.stopReading(errHungUp)
+			}
+		}
+		if c.in.buffered() < size {
+			if !c.flushLeading() {
+				return true
+			}
+			if err := c.in.fill(size); err != nil {
+				return c.stopReading(err)
+			}
+		}
+		r := newRequest(c)
+		if err := r.parse(c.in.buf[c.in.r : c.in.r+size]); err != nil {
+			r.free()
+			return c.stopReading(err)
+		}
+		if int64(c.in.buffered()-size) < r.payloadLen() && !c.flushLeading() {
+			r.free()
+			return true // the next leader parses it again
+		}
+		c.in.r += size
+		if r.typ == cmdDisc {
+			r.free()
+			return c.stopReading(nil)
+		}
+		if err := r.receive(); err != nil {
+			r.free()
+			return c.stopReading(err)
+		}
+		if c.worthWorker(r) {
+			c.promote()
+			c.runTimed(r)
+			c.retire()
+			return true
+		}
+		word := c.begin()
+		r.word = word
+		c.run(r) // r is gone
+		if c.batchFull() {
+			c.flush()
+		}
+		if !c.end(word) {
+			c.flush()
+			c.retire()
+			return true
+		}
+	}
+}
+
+// flushLeading writes the replies gathered. A client that does not take them
+// must not keep requests from being read, so another may lead after it: then
+// it returns false.
+func (c *conn) flushLeading() bool {
+	c.mu.Lock()
+	nothing := len(c.queue) == 0 || c.writing
+	c.mu.Unlock()
+	if nothing {
+		return true
+	}
+	word := c.begin()
+	c.flush()
+	if !c.end(word) {
+		c.retire()
+		return false
+	}
+	return true
+}
+
+// worthWorker says whether a request is to be run while others are read.
+func (c *conn) worthWorker(r *request) bool {
+	if r.err != ok {
+		return false
+	}
+	if r.typ != cmdRead && r.typ != cmdWrite || r.length >= bigRequest || r.flags&cmdFlagFUA != 0 && r.typ == cmdWrite {
+		return true
+	}
+	if c.spell.Load() > 0 {
+		c.spell.Add(-1)
+		return true
+	}
+	return false
+}
+
+// runTimed runs a request on a worker that does not lead.
+func (c *conn) runTimed(r *request) {
+	began := time.Now()
+	if waited := c.run(r); !waited && time.Since(began) > slowAfter && c.spell.Load() > 0 {
+		c.spell.Store(concurrentSpell) // the store is still slow
+	}
+	c.flush()
+}
+
+// hasRoom says that another request may be read.
+func (c *conn) hasRoom() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hasRoomLocked()
+}
+
+func (c *conn) hasRoomLocked() bool {
+	return c.active-len(c.waiters) < maxActive && len(c.waiters) < maxWaiting &&
+		c.waitingBytes < maxWaitingBytes && c.queued < maxQueued
+}
+
+// waitRoom waits for room. It says no when there are no more requests to come.
+func (c *conn) waitRoom() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for !c.ended && !c.hasRoomLocked() {
+		c.room.Wait()
+	}
+	return !c.ended
+}
+
+// stopReading is the end of the last leader: the client said goodbye (nil), or
+// err is what became of it.
+func (c *conn) stopReading(err error) bool {
+	c.mu.Lock()
+	c.ended = true
+	stopped := c.stopping && errors.Is(err, os.ErrDeadlineExceeded)
+	c.mu.Unlock()
+	close(c.done)
+	switch {
+	case err == nil, stopped:
+		c.linger()
+	default:
+		c.kill(err)
+	}
+	return false
+}
+
+// linger notices when a client that said goodbye goes away while its requests
+// run: nobody waits for them any more. It reads whatever comes.
+func (c *conn) linger() {
+	c.mu.Lock()
+	alone := c.active == 0
+	c.mu.Unlock()
+	c.flush()
+	if alone {
+		return
+	}
+	for {
+		c.in.r, c.in.w = 0, 0
+		if err := c.in.fill(1); err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) {
+				c.kill(err)
+			}
+			return
+		}
+	}
+}
+
+// stop lets what runs finish and sends the client away.
+func (c *conn) stop() {
+	c.mu.Lock()
+	c.stopping = true
+	ended := c.ended
+	for _, r := range c.waiters {
+		r.wait.cancelLocked(errShutdown)
+	}
+	c.room.Broadcast()
+	c.mu.Unlock()
+	if !ended {
+		c.raw.SetReadDeadline(time.Now())
+	}
+	c.raw.SetWriteDeadline(time.Now().Add(byeTime))
+}
+
+// kill ends the connection at once: what has not begun never begins, and what
+// waits is given up. It does not wait for what runs.
+func (c *conn) kill(err error) {
+	c.mu.Lock()
+	if c.dead.Load() {
+		c.mu.Unlock()
+		return
+	}
+	c.cause = err
+	c.ended = true
+	c.dead.Store(true)
+	close(c.dying)
+	for _, r := range c.waiters {
+		r.wait.cancelLocked(errNotServed)
+	}
+	c.room.Broadcast()
+	c.mu.Unlock()
+	c.raw.Close() // there is nobody left to care for an error
+}
+
+// stopped says that the server ends.
+func (c *conn) stopped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stopping
+}
+
+// gone says that the client has hung up, also when what it sent before is not
+// read yet.
+func (c *conn) gone() bool { return c.dead.Load() || hungUp(c.raw) }
+
+// waits is how many requests wait, since when the oldest, and where.
+func (c *conn) waits() (n int, since time.Time, off int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range c.waiters {
+		if since.IsZero() || r.wait.since.Before(since) {
+			since, off = r.wait.since, int64(r.off)
+		}
+	}
+	return len(c.waiters), since, off
+}

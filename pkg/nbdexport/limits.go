@@ -1,0 +1,57 @@
+package nbdexport
+
+import "time"
+
+// What a client may cost. Lengths in bytes.
+const (
+	minBlockSize       = 1        // smallest request
+	preferredBlockSize = 4096     // what requests are best aligned to
+	maxPayload         = 32 << 20 // largest READ or WRITE
+
+	maxName       = 4096     // a string of the protocol
+	maxOptionData = 64 << 10 // what is kept of an option; a larger one is skipped and refused
+	maxQueries    = 1024     // metadata queries in one option
+
+	maxSkip = 4<<30 - 1 // payload of a refused request that is skipped; above, the connection ends
+
+	handshakeTime = 10 * time.Second // for the whole handshake
+	acceptPause   = 50 * time.Millisecond
+	byeTime       = 5 * time.Second // for the last replies to a client when the server ends
+
+	maxActive       = 64        // requests of a connection that run at once, not counting those that wait
+	maxWaiting      = 4096      // requests of a connection that wait for data
+	maxWaitingBytes = 64 << 20  // memory of a connection's waiting requests that does not count as active
+	maxQueued       = 4 << 20   // replies of a connection that wait for a slow client, or one reply
+	maxIdleWorkers  = 8         // goroutines of a connection kept for the next request
+	maxExtents      = 64 << 10  // extents in one reply to NBD_CMD_BLOCK_STATUS
+	freeRequest     = 256 << 10 // a connection with nothing else under way may have this beyond the budget
+
+	readBuffer      = 64 << 10 // read from the socket at once
+	handshakeBuffer = 1 << 10  // the same before the transmission phase
+
+	batchReplies = 8        // replies that the leader gathers before it writes
+	batchBytes   = 64 << 10 // the same in bytes
+
+	joinBytes = 16 << 10 // replies put together where one call takes one slice only
+
+	firstSegment = 64 << 10 // memory for the payload of a WRITE at first
+	lastSegment  = 1 << 20  // and at most at once
+
+	holeSearch    = 64 << 10 // from here on a READ looks for holes
+	maxReadChunks = 64       // of one READ
+
+	bigRequest = 128 << 10 // from here on a request is worth a goroutine of its own
+
+	stuckAfter      = time.Millisecond // a request that the leader runs for longer is left to its goroutine
+	slowAfter       = 200 * time.Microsecond
+	concurrentSpell = 256 // requests run by goroutines of their own after one was slow
+)
+
+// Defaults of Options.
+const (
+	defaultMemoryBudget   = 256 << 20
+	defaultMaxConnections = 1024
+)
+
+// stallLog is when a request that waits is worth a line in the log.
+var stallLog = []time.Duration{5 * time.Second, 30 * time.Second, 60 * time.Second}

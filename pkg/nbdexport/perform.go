@@ -1,0 +1,172 @@
+package nbdexport
+
+import (
+	"io"
+	"math"
+)
+
+// run performs a request and queues its reply. The request is not the caller's
+// any more then. It says whether the request has waited for data.
+func (c *conn) run(r *request) (waited bool) {
+	if c.dead.Load() { // a write of a client that has gone must not begin
+		r.free()
+		return false
+	}
+	if r.err == ok {
+		r.perform()
+	}
+	r.encode()
+	return c.enqueue(r)
+}
+
+// perform does what was asked and notes an error.
+func (r *request) perform() {
+	s := r.c.store
+	switch r.typ {
+	case cmdRead:
+		r.read()
+	case cmdWrite:
+		r.writeSegments()
+	case cmdFlush:
+		r.fail(s.flush(&r.wait))
+	case cmdTrim:
+		if r.length > 0 {
+			r.fail(s.trim.TrimAtContext(&r.wait, int64(r.off), int64(r.length)))
+		}
+	case cmdCache:
+		if r.length > 0 {
+			r.fail(s.prefetch.Prefetch(int64(r.off), int64(r.length)))
+		}
+	case cmdWriteZeroes:
+		r.writeZeroes()
+	case cmdBlockStatus:
+		r.blockStatus()
+	}
+	writes := r.typ == cmdWrite || r.typ == cmdTrim || r.typ == cmdWriteZeroes
+	if r.err == ok && writes && r.flags&cmdFlagFUA != 0 {
+		r.fail(s.flush(&r.wait))
+	}
+}
+
+// fail notes an error of the backend. When the wait was ended by us, the
+// reason for that is what the client is told.
+func (r *request) fail(err error) {
+	if err == nil {
+		return
+	}
+	r.c.mu.Lock()
+	r.err = r.wait.ended
+	r.c.mu.Unlock()
+	if r.err == ok {
+		r.err = errnoOf(err)
+		r.c.s.log.Warn("request failed", "export", r.c.e.Name, "command", commandName(r.typ),
+			"off", r.off, "length", r.length, "errno", uint32(r.err), "err", err)
+	}
+}
+
+// read reads the data of a READ into its segment.
+func (r *request) read() {
+	if r.length == 0 {
+		return
+	}
+	p := r.segments[0].buf.b[:r.length]
+	r.extents = r.extents[:0]
+	if r.length >= holeSearch && r.c.mode >= modeStructured && r.c.store.allocated && r.flags&cmdFlagDF == 0 {
+		r.findHoles()
+	}
+	if len(r.extents) == 0 {
+		r.readPart(p, int64(r.off))
+		return
+	}
+	at := uint64(0)
+	for _, e := range r.extents {
+		if e.flags&stateZero == 0 && r.err == ok {
+			r.readPart(p[at:at+e.length], int64(r.off+at))
+		}
+		at += e.length
+	}
+}
+
+func (r *request) readPart(p []byte, off int64) {
+	n, err := r.c.store.readAt(&r.wait, p, off)
+	switch {
+	case n == len(p): // with io.EOF, too, all is there
+	case err != nil:
+		r.fail(err)
+	default:
+		r.fail(io.ErrUnexpectedEOF)
+	}
+}
+
+// writeSegments writes the data of a WRITE that is here.
+func (r *request) writeSegments() {
+	for _, g := range r.segments {
+		if r.err != ok {
+			return
+		}
+		if r.c.dead.Load() {
+			r.err = errNotServed
+			return
+		}
+		n, err := r.c.store.writeAt(&r.wait, g.buf.b[:g.n], int64(r.off+r.written))
+		if err == nil && n != g.n {
+			err = io.ErrShortWrite
+		}
+		r.fail(err)
+		r.written += uint64(g.n)
+	}
+}
+
+func (r *request) writeZeroes() {
+	if r.length == 0 {
+		return
+	}
+	err := r.c.store.zero.ZeroAtContext(&r.wait, int64(r.off), int64(r.length), r.flags&cmdFlagNoHole == 0)
+	if err != nil && r.flags&cmdFlagFastZero != 0 && isUnsupported(err) {
+		r.err = errNotSup
+		return
+	}
+	r.fail(err)
+}
+
+// findHoles finds what of a READ is known to be zero. It leaves no extents
+// when that is nothing, or too scattered to be worth it.
+func (r *request) findHoles() {
+	r.room, r.one = r.length, false
+	err := r.c.store.status.BlockStatus(&r.wait, contextAllocation, int64(r.off), int64(r.length), r.addExtent)
+	zero := false
+	for _, e := range r.extents {
+		zero = zero || e.flags&stateZero != 0
+	}
+	if err != nil || r.room > 0 || !zero || len(r.extents) > maxReadChunks {
+		r.extents = r.extents[:0]
+	}
+}
+
+// gather adds an extent; it is what BlockStatus yields to.
+func (r *request) gather(length int64, flags uint32) bool {
+	n := min(uint64(max(length, 0)), r.room)
+	if n == 0 {
+		return r.room > 0
+	}
+	r.room -= n
+	if i := len(r.extents) - 1; i >= 0 && r.extents[i].flags == flags &&
+		(r.c.mode == modeExtended || r.extents[i].length+n <= math.MaxUint32) {
+		r.extents[i].length += n
+	} else {
+		if r.one && i >= 0 || len(r.extents) == maxExtents {
+			r.room = 0
+			return false
+		}
+		r.extents = append(r.extents, extent{n, flags})
+	}
+	return r.room > 0
+}
+
+func commandName(typ uint16) string {
+	names := [...]string{"READ", "WRITE", "DISC", "FLUSH", "TRIM", "CACHE", "WRITE_ZEROES", "BLOCK_STATUS"}
+	if int(typ) < len(names) {
+		return names[typ]
+	}
+	return "unknown"
+}
