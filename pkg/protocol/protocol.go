@@ -84,6 +84,8 @@ type ProtocolRW struct {
 	w         io.Writer
 	stopCtx   func() bool
 
+	waiters sync.Pool // of *waiter; not shared by connections, as channels belong to a synctest bubble
+
 	calls  calls  // our requests that wait for an answer
 	sender sender // who may write to w, and when
 	outbox outbox // small packets on their way to sender

@@ -3,7 +3,6 @@ package protocol
 import (
 	"errors"
 	"fmt"
-	"sync"
 	"sync/atomic"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
@@ -193,15 +192,18 @@ func (w *waiter) Complete(err error) {
 	w.answer <- err
 }
 
-var waiters = sync.Pool{New: func() any { return &waiter{answer: make(chan error, 1)} }}
+func (p *ProtocolRW) newWaiter() *waiter {
+	if w, ok := p.waiters.Get().(*waiter); ok {
+		return w
+	}
+	return &waiter{answer: make(chan error, 1)}
+}
 
-func newWaiter() *waiter { return waiters.Get().(*waiter) }
-
-// free gives it back; its answer has been taken, or never comes.
-func (w *waiter) free() {
+// freeWaiter gives it back; its answer has been taken, or never comes.
+func (p *ProtocolRW) freeWaiter(w *waiter) {
 	w.buf.free()
 	w.buf, w.data = nil, nil
-	waiters.Put(w)
+	p.waiters.Put(w)
 }
 
 // errFlush is what Flush returns.

@@ -76,8 +76,8 @@ func (t *ToProtocol) roundTrip(ctx context.Context, command wire.Command, packet
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	w := newWaiter()
-	defer w.free()
+	w := t.p.newWaiter()
+	defer t.p.freeWaiter(w)
 	if t.err != nil {
 		return t.err
 	}

@@ -61,8 +61,8 @@ func (t *ToProtocol) readPart(b []byte, off int64) (int, error) {
 		return 0, err
 	}
 	n := 0
-	w := newWaiter()
-	defer w.free()
+	w := t.p.newWaiter()
+	defer t.p.freeWaiter(w)
 	c := call{command: wire.CommandReadAt, off: off, length: int64(len(b)), done: w}
 	if err := t.start(PriorityUrgent, c, packet, nil); err != nil {
 		return 0, err
@@ -74,8 +74,8 @@ func (t *ToProtocol) readPart(b []byte, off int64) (int, error) {
 
 // wait starts a request and waits for its answer.
 func (t *ToProtocol) wait(start func(*waiter) error) error {
-	w := newWaiter()
-	defer w.free()
+	w := t.p.newWaiter()
+	defer t.p.freeWaiter(w)
 	if err := start(w); err != nil {
 		return err
 	}
