@@ -1,0 +1,93 @@
+package sources
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// blockDevice is what is known of a block device.
+type blockDevice struct {
+	size     int64 // bytes
+	align    int64 // bytes; what is zeroed or discarded begins and ends on multiples
+	readOnly bool  // set so; it can still be opened for writing
+}
+
+func isBlockDevice(info os.FileInfo) bool {
+	return info.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice
+}
+
+func examineBlockDevice(raw syscall.RawConn) (*blockDevice, error) {
+	var size uint64
+	var sector, readOnly int
+	err := control(raw, func(fd int) (err error) {
+		if err := ioctl(fd, unix.BLKGETSIZE64, unsafe.Pointer(&size)); err != nil {
+			return err
+		}
+		if readOnly, err = unix.IoctlGetInt(fd, unix.BLKROGET); err != nil {
+			return err
+		}
+		sector, err = unix.IoctlGetInt(fd, unix.BLKSSZGET)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("ask for the device's size: %w", err)
+	}
+	// Not less than a page: the kernel drops cached pages of the range, and
+	// those that are only partly in it are better written.
+	return &blockDevice{
+		size:     int64(size),
+		align:    int64(max(sector, os.Getpagesize())),
+		readOnly: readOnly != 0,
+	}, nil
+}
+
+// blockRange is BLKZEROOUT or BLKDISCARD of length bytes at off.
+func blockRange(fd int, request uint, off, length int64) error {
+	r := [2]uint64{uint64(off), uint64(length)}
+	return ioctl(fd, request, unsafe.Pointer(&r))
+}
+
+func ioctl(fd int, request uint, arg unsafe.Pointer) error {
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(arg)); e != 0 {
+		return e
+	}
+	return nil
+}
+
+const (
+	deviceLockTries = 20
+	deviceLockPause = 50 * time.Millisecond
+)
+
+// lock takes the flock, or says errInUse. It does not wait for another
+// process, save that udev locks a device for a moment to look at it when
+// somebody has closed it, so a device is tried for a second.
+func lock(raw syscall.RawConn, exclusive, device bool) error {
+	how := unix.LOCK_SH
+	if exclusive {
+		how = unix.LOCK_EX
+	}
+	tries := 1
+	if device {
+		tries = deviceLockTries
+	}
+	for {
+		err := control(raw, func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			if err != nil {
+				return fmt.Errorf("lock it: %w", err)
+			}
+			return nil
+		}
+		if tries--; tries == 0 {
+			return errInUse
+		}
+		<-time.After(deviceLockPause)
+	}
+}
