@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
+)
+
+// shutdownTimeout is how long clients that do not hear may hold up the end.
+const shutdownTimeout = 10 * time.Second
+
+// receiver is the running dest.
+type receiver struct {
+	console *console
+	set     *disks.Destination
+	nbd     addr.Addr // with its real port
+	server  *nbdexport.Server
+	dest    *migrate.Destination
+	left    chan struct{} // a client has left; capacity 1
+
+	ready chan struct{}  // closed when all disks that are expected are ready
+	loops sync.WaitGroup // the NBD server and the command
+
+	mu   sync.Mutex
+	uris []exportURI // in the order in which they became ready; guarded by mu
+}
+
+// exportURI is where a disk is served.
+type exportURI struct{ name, uri string }
+
+// run receives the disks, from the first check to the last flush.
+func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (err error) {
+	set, err := disks.OpenDestination(specs, f.dir, f.overwrite)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, set.Close()) }()
+	ln, err := f.nbd.Listen(ctx)
+	if err != nil {
+		return err
+	}
+	r := &receiver{
+		console: c, set: set, nbd: addr.Of(ln.Addr()),
+		left: make(chan struct{}, 1), ready: make(chan struct{}),
+	}
+	r.server = nbdexport.NewServer(nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft})
+	r.dest, err = migrate.NewDestination(migrate.DestinationOptions{
+		Open: r.open, Ready: r.export, Disks: set.Expected(), Listening: !f.wire.listen.IsZero(), Log: c.log,
+	})
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	ends, err := f.wire.open(ctx, c.log)
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	defer ends.Close() // nothing is under way any more
+	stopShowing := c.show(r.dest.Status)
+	defer stopShowing()
+
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	r.loops.Go(func() {
+		if err := r.server.Serve(ln); !errors.Is(err, nbdexport.ErrServerClosed) {
+			fail(&serveError{err})
+		}
+	})
+	err = r.live(ctx, f, ends.Next)
+	err = errors.Join(err, r.shutdown())
+	r.loops.Wait()
+	return err
+}
+
+// open gives the disk that takes what the source calls name.
+func (r *receiver) open(name string, size uint64, _ uint32) (migrate.DestinationDisk, error) {
+	d, err := r.set.Open(name, int64(size))
+	if err != nil {
+		return migrate.DestinationDisk{}, err
+	}
+	return migrate.DestinationDisk{Name: d.Name, Store: d.File, KnownZero: d.KnownZero}, nil
+}
+
+// export serves a disk that can be used from now on, and says so.
+func (r *receiver) export(name string, dev *lazy.Device) error {
+	if err := r.server.AddExport(nbdexport.Export{Name: name, Backend: dev}); err != nil {
+		return err
+	}
+	e := exportURI{name, addr.NBDURI(r.nbd, name)}
+	r.mu.Lock()
+	r.uris = append(r.uris, e)
+	all := len(r.uris) == r.set.Expected()
+	r.mu.Unlock()
+	err := r.console.result("ready %s %s", e.name, e.uri)
+	if all {
+		close(r.ready)
+	}
+	return err
+}
+
+// clientLeft is told that a client has gone.
+func (r *receiver) clientLeft(string, int) {
+	select {
+	case r.left <- struct{}{}:
+	default: // somebody is to look already
+	}
+}
+
+// serveError says why nobody can attach any more.
+type serveError struct{ error }
+
+// endOf says why the time to serve has ended: nil if we were asked to end.
+func endOf(ctx context.Context) error {
+	var broken *serveError
+	if errors.As(context.Cause(ctx), &broken) {
+		return broken.error
+	}
+	return nil
+}
+
+// live is the time between start and shutdown.
+func (r *receiver) live(ctx context.Context, f *destFlags, connect migrate.Connector) error {
+	commandCtx, stopCommand := context.WithCancel(ctx)
+	defer stopCommand()
+	var ran func() error // waits for the command's end
+	if f.command != "" {
+		ran = r.startCommand(commandCtx, f.command)
+	}
+	err := r.dest.Run(ctx, connect)
+	switch {
+	case err == nil:
+		r.console.log.Info("complete: the source is not needed any more")
+		return r.serveOn(ctx, f.exit, ran)
+	case ctx.Err() == nil:
+		return err
+	case endOf(ctx) != nil:
+		return endOf(ctx)
+	}
+	return r.interrupted()
+}
+
+// interrupted says what is missing when we are asked to end; nil if nothing is.
+func (r *receiver) interrupted() error {
+	disks := r.dest.Status()
+	lack := missing(disks)
+	switch {
+	case len(disks) == 0:
+		return errors.New("interrupted: the source has sent nothing yet")
+	case len(disks) < r.set.Expected():
+		return fmt.Errorf("interrupted: the source has sent only %d of %d disks", len(disks), r.set.Expected())
+	case lack == "":
+		return nil
+	}
+	return fmt.Errorf("interrupted: %s, run the same command again with --overwrite to start anew", lack)
+}
+
+// serveOn serves the complete disks for as long as they are wanted.
+func (r *receiver) serveOn(ctx context.Context, exit bool, ran func() error) error {
+	var exitCode error
+	switch {
+	case ran != nil:
+		exitCode = ran()
+	case !exit:
+		<-ctx.Done()
+	}
+	for ctx.Err() == nil && r.server.Connections() > 0 {
+		select {
+		case <-r.left:
+		case <-ctx.Done():
+		}
+	}
+	if ctx.Err() != nil {
+		return endOf(ctx)
+	}
+	return exitCode
+}
+
+// shutdown ends the export gracefully and flushes and closes the disks.
+func (r *receiver) shutdown() error {
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
+	defer cancel()
+	return errors.Join(r.server.Shutdown(ctx), r.dest.Close())
+}

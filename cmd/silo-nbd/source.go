@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/units"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+)
+
+// sourceFlags is the command line of source.
+type sourceFlags struct {
+	wire      wireFlags
+	disks     []string
+	blockSize units.Size
+	rate      units.Size
+	format    logFormat
+}
+
+func newSourceCommand() *cobra.Command {
+	f := &sourceFlags{blockSize: migrate.DefaultBlockSize}
+	cmd := &cobra.Command{
+		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR)",
+		Short: "Send disks that nobody writes any more",
+		Long: `Sends disks to a destination: blocks that it asks for first, the rest in order. The
+disks must not be written meanwhile; they are opened for reading only. Ends with 0 when
+the destination has said of every disk that it has all of it; from then on the source is
+not needed any more. A connection that breaks is made again without limit.`,
+		Args: arguments(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			specs, err := f.check()
+			if err != nil {
+				return err
+			}
+			return f.run(cmd.Context(), specs, newConsole(cmd, f.format, false))
+		},
+	}
+	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
+	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
+	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
+	f.wire.add(cmd)
+	f.format.add(cmd)
+	return cmd
+}
+
+func (f *sourceFlags) check() ([]disks.Spec, error) {
+	if len(f.disks) == 0 {
+		return nil, usagef("no disk: want --disk [NAME=]PATH")
+	}
+	specs, err := disks.ParseSpecs(f.disks)
+	if err != nil {
+		return nil, usagef("--disk: %w", err)
+	}
+	if b := int64(f.blockSize); b < migrate.MinBlockSize || b > migrate.MaxBlockSize || b&(b-1) != 0 {
+		return nil, usagef("--block-size: %s is no block size: want a power of two from %s to %s",
+			f.blockSize.String(), units.Format(migrate.MinBlockSize), units.Format(migrate.MaxBlockSize))
+	}
+	return specs, f.wire.check()
+}
+
+// run sends the disks.
+func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (err error) {
+	files, err := disks.OpenSource(specs)
+	if err != nil {
+		return err
+	}
+	var moving []migrate.SourceDisk
+	for i, file := range files {
+		defer func() { err = errors.Join(err, file.Close()) }()
+		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file})
+	}
+	source, err := migrate.NewSource(moving, migrate.SourceOptions{
+		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+	})
+	if err != nil {
+		return err
+	}
+	ends, err := f.wire.open(ctx, c.log)
+	if err != nil {
+		return err
+	}
+	defer ends.Close() // nothing is under way any more
+	defer c.show(source.Status)()
+
+	err = source.Run(ctx, ends.Next)
+	if err == nil || ctx.Err() == nil {
+		return err
+	}
+	if lack := missing(source.Status()); lack != "" {
+		return fmt.Errorf("interrupted: %s, run the same command again to go on", lack)
+	}
+	return nil
+}
