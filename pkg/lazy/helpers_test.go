@@ -3,11 +3,14 @@ package lazy
 import (
 	"bytes"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"runtime"
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
@@ -138,6 +141,9 @@ func newTestDevice(t *testing.T, size int64, o Options) (*Device, *memDisk) {
 
 func newDeviceOn(t *testing.T, disk storage.StorageProvider, o Options) *Device {
 	t.Helper()
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
 	d, err := New(disk, o)
 	if err != nil {
 		t.Fatal(err)
@@ -178,4 +184,10 @@ func mustWrite(t *testing.T, w io.WriterAt, off int64, p []byte) {
 	if n, err := w.WriteAt(p, off); err != nil || n != len(p) {
 		t.Fatalf("write %d bytes at %d: %d, %v", len(p), off, n, err)
 	}
+}
+
+// pass lets time pass inside a synctest bubble, and all that is due then happen.
+func pass(t time.Duration) {
+	<-time.After(t)
+	synctest.Wait()
 }
