@@ -145,7 +145,7 @@ func (t *ToProtocol) StartWrite(pri Priority, p []byte, off int64, c Completion)
 	}
 	var head [wire.WriteAtHead]byte
 	first := wire.AppendWriteAtHead(head[:0], wire.WriteData, off)
-	return t.start(pri, t.writeCall(pri, off, int64(len(p)), int64(len(p)), c), first, p)
+	return t.start(pri, t.writeCall(pri, off, int64(len(p)), bufferCost(len(p)), c), first, p)
 }
 
 // StartZero sends a few bytes that stand for length zeroes at off, at most
@@ -159,10 +159,12 @@ func (t *ToProtocol) StartZero(pri Priority, off, length int64, c Completion) er
 	return t.start(pri, t.writeCall(pri, off, length, minCharge, c), first, nil)
 }
 
+// writeCall is the call of a write of length bytes. cost is what it takes of the
+// peer's memory, which is rounded up there as bufferCost does.
 func (t *ToProtocol) writeCall(pri Priority, off, length, cost int64, c Completion) call {
 	w := call{command: wire.CommandWriteAt, off: off, length: length, done: c}
 	if pri == PriorityBulk {
-		w.window = max(cost, minCharge)
+		w.window = cost
 	}
 	return w
 }
