@@ -117,7 +117,9 @@ func newDestination(t testing.TB, opts DestinationOptions, open func(name string
 	return d
 }
 
-func memory(_ string, size uint64) storage.StorageProvider { return sources.NewMemoryStorage(int(size)) }
+func memory(_ string, size uint64) storage.StorageProvider {
+	return sources.NewMemoryStorage(int(size))
+}
 
 // migration is a source and a destination at work.
 type migration struct {

@@ -276,6 +276,7 @@ func (o *order) failed(s span, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.out -= o.flying.clearRange(s.from, s.to)
+	again := true
 	for b := s.from; b < s.to; b++ {
 		if _, ok := o.unneeded[b]; ok {
 			delete(o.unneeded, b)
@@ -283,14 +284,13 @@ func (o *order) failed(s span, now time.Time) bool {
 			continue
 		}
 		o.attempts[b]++
-		if o.attempts[b] >= maxAttempts {
-			return false
-		}
+		again = again && o.attempts[b] < maxAttempts
+		// Given up or not, it is not settled.
 		o.delayed = append(o.delayed, delayedBlock{b, now.Add(firstRetry << (o.attempts[b] - 1))})
 	}
 	o.settleLocked()
 	notify(o.bulkWake) // which looks when the next one is due
-	return true
+	return again
 }
 
 // release makes the delayed blocks that are due pending again, and returns how

@@ -56,7 +56,7 @@ func (s *sessions) run(ctx context.Context) error {
 		case errors.As(err, &fatal), errors.Is(err, net.ErrClosed) && s.listening && !greeted:
 			return err
 		case !greeted && !known && !s.listening:
-			return err
+			return strange(err)
 		}
 		if greeted {
 			known = true
@@ -74,6 +74,14 @@ func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
 		return false, err
 	}
 	return s.session(ctx, conn)
+}
+
+// strange says more of a connection that ended before the other side had spoken.
+func strange(err error) error {
+	if errors.Is(err, io.EOF) {
+		return fmt.Errorf("the other side closed the connection before it said anything; its log says why: %w", err)
+	}
+	return err
 }
 
 // backoff waits longer and longer between tries, and says so now and then.

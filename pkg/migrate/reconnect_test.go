@@ -1,0 +1,98 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+var errRefusedConn = errors.New("connection refused")
+
+func refuse(context.Context) (io.ReadWriteCloser, error) { return nil, errRefusedConn }
+
+func TestFirstConnectionThatFailsEndsAtOnce(t *testing.T) {
+	store, _ := testDisk(t, 4096, 1)
+	src := newSource(t, SourceOptions{}, SourceDisk{"disk", store})
+	require.ErrorIs(t, src.Run(t.Context(), refuse), errRefusedConn)
+}
+
+// TestReconnectingGoesOnAndSaysSo is trap W4.
+func TestReconnectingGoesOnAndSaysSo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		var tries []time.Duration
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+		defer cancel()
+		loop := sessions{
+			log: slog.New(slog.NewTextHandler(&log, nil)),
+			connect: func(context.Context) (io.ReadWriteCloser, error) {
+				if tries = append(tries, time.Since(begin)); len(tries) == 1 {
+					return nil, nil
+				}
+				return nil, errRefusedConn
+			},
+			session: func(context.Context, io.ReadWriteCloser) (bool, error) { return true, io.EOF },
+		}
+		require.ErrorIs(t, loop.run(ctx), context.DeadlineExceeded)
+		require.Equal(t, 100*time.Millisecond, tries[1])
+		for i := 1; i < len(tries); i++ {
+			require.LessOrEqual(t, tries[i]-tries[i-1], maxBackoff)
+		}
+		lines := strings.Count(log.String(), "trying again")
+		require.InDelta(t, 10, lines, 1, "a line a minute")
+	})
+}
+
+func TestStrangerDoesNotEndAListener(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		loop := sessions{
+			listening: true, log: logger(nil),
+			connect: func(context.Context) (io.ReadWriteCloser, error) { return nil, nil },
+			session: func(context.Context, io.ReadWriteCloser) (bool, error) {
+				if n++; n < 5 {
+					return false, errors.New("not our protocol")
+				}
+				return true, nil
+			},
+		}
+		require.NoError(t, loop.run(t.Context()))
+		loop.connect = func(context.Context) (io.ReadWriteCloser, error) { return nil, net.ErrClosed }
+		require.ErrorIs(t, loop.run(t.Context()), net.ErrClosed, "a listener that is closed does not come back")
+	})
+}
+
+func TestFatalErrorEndsAtOnce(t *testing.T) {
+	fatal := &FatalError{errors.New("another disk")}
+	loop := sessions{
+		log:     logger(nil),
+		connect: func(context.Context) (io.ReadWriteCloser, error) { return nil, nil },
+		session: func(context.Context, io.ReadWriteCloser) (bool, error) { return true, fatal },
+	}
+	require.ErrorIs(t, loop.run(t.Context()), fatal)
+}
+
+func TestSilentPeerIsGivenUpOnEitherSide(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := testDisk(t, 4096, 1)
+		src := newSource(t, SourceOptions{}, SourceDisk{"disk", store})
+		a, b := net.Pipe()
+		go func() { _, _ = io.Copy(io.Discard, b) }() // until a is closed
+		require.ErrorIs(t, src.Run(t.Context(), once(a)), errSilent)
+
+		c, d := net.Pipe()
+		defer d.Close()
+		dst := newDestination(t, DestinationOptions{}, memory)
+		require.ErrorIs(t, dst.Run(t.Context(), once(c)), errSilent)
+	})
+}
