@@ -210,7 +210,7 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 		return err
 	}
 	lo, hi := d.span(off, end)
-	if d.settled(lo, hi) {
+	if d.nextUnsettled(lo, hi) == hi {
 		return d.put(f, off, end)
 	}
 	for {
@@ -233,13 +233,22 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 	}
 }
 
-// settled says whether the state of the blocks [lo, hi) can never change again,
-// so that a write to them needs no claim.
-func (d *Device) settled(lo, hi int64) bool {
+// nextUnsettled is the first block of [lo, hi) whose contents may yet come from
+// the source, or hi. A write to a settled block needs no claim, since its state
+// can never change again.
+func (d *Device) nextUnsettled(lo, hi int64) int64 {
 	if d.revocable {
-		return d.state.nextUnwritten(lo, hi) == hi
+		return d.state.nextUnwritten(lo, hi)
 	}
-	return d.state.nextMissing(lo, hi) == hi
+	return d.state.nextMissing(lo, hi)
+}
+
+// nextSettled is the first block of [lo, hi) that is settled, or hi.
+func (d *Device) nextSettled(lo, hi int64) int64 {
+	if d.revocable {
+		return d.state.nextWritten(lo, hi)
+	}
+	return d.state.nextLocal(lo, hi)
 }
 
 // loneEdge finds an edge of [off, end) that lies inside a sector which is not on
@@ -265,36 +274,36 @@ func (d *Device) loneEdge(off, end int64) (from, to int64, ok bool) {
 // The caller holds the claim of its blocks.
 func (d *Device) publishWritten(off, end int64) {
 	lo, hi := d.span(off, end)
-	from := int64(-1) // of a run of blocks that became written
-	for block := lo; block < hi; block++ {
-		if d.becomesWritten(block, off, end) {
-			if from < 0 {
-				from = block
-			}
-			continue
-		}
-		if from >= 0 {
-			d.publishBlocksWritten(from, block)
-			from = -1
-		}
+	first, last := lo, hi // the blocks that were written whole
+	if start, _ := d.extent(lo); off > start {
+		d.publishSectors(lo, off, end)
+		first++
 	}
-	if from >= 0 {
-		d.publishBlocksWritten(from, hi)
+	if _, stop := d.extent(hi - 1); end < stop && first < hi {
+		d.publishSectors(hi-1, off, end)
+		last--
+	}
+	for from := d.nextUnsettled(first, last); from < last; {
+		to := d.nextSettled(from, last)
+		d.publishBlocks(from, to)
+		from = d.nextUnsettled(to, last)
 	}
 	d.waits.changed(d, lo, hi)
 }
 
-// becomesWritten records that the block's part of [off, end) was written here,
-// and says whether all of the block is now.
-func (d *Device) becomesWritten(block, off, end int64) bool {
-	if d.state.written.get(block) || !d.revocable && d.state.fetched.get(block) {
-		return false // settled: nobody will ever write over it
+// publishSectors is publishWritten for a block at an edge of [off, end).
+func (d *Device) publishSectors(block, off, end int64) {
+	if d.nextUnsettled(block, block+1) > block {
+		return // nobody will ever write over it
 	}
 	first, last, count := d.sectors(block, off, end)
-	return last-first == count || d.state.partial.add(block, first, last, count)
+	if d.state.partial.add(block, first, last, count) {
+		d.publishBlocks(block, block+1)
+	}
 }
 
-func (d *Device) publishBlocksWritten(lo, hi int64) {
+// publishBlocks records that [lo, hi) was wholly written here.
+func (d *Device) publishBlocks(lo, hi int64) {
 	d.state.setWritten(lo, hi) // before the masks go: a reader finds the one or the other
 	d.state.partial.drop(lo, hi)
 	d.waits.needless(lo, hi)

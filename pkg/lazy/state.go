@@ -87,6 +87,16 @@ func (s *state) nextUnwritten(lo, hi int64) int64 {
 	return hi
 }
 
+// nextWritten is the first block of [lo, hi) that is written, or hi.
+func (s *state) nextWritten(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) & s.written[w].Load(); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
 // setFetched publishes [lo, hi) as fetched.
 func (s *state) setFetched(lo, hi int64) {
 	for w := lo >> 6; w<<6 < hi; w++ {
