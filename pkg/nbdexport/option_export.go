@@ -136,6 +136,9 @@ func (h *handshake) start(c *conn) (*conn, error) {
 	if err == nil {
 		err = h.raw.SetDeadline(time.Time{})
 	}
+	if c.stopped() {
+		c.stop() // its deadlines were perhaps set before we took ours away
+	}
 	if err != nil {
 		c.abandon()
 		return nil, err
