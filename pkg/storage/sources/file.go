@@ -268,7 +268,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 // fails for ever: the kernel reports a lost write only once.
 func (f *File) Flush() error {
 	if f.closed.Load() {
-		return fmt.Errorf("flush %s: %w", f.path, ErrClosed)
+		return fmt.Errorf("%s: flush: %w", f.path, ErrClosed)
 	}
 	return f.flusher.flush()
 }
@@ -279,7 +279,7 @@ func (f *File) Close() error {
 	f.closeOnce.Do(func() {
 		f.closed.Store(true)
 		if err := f.file.Close(); err != nil {
-			f.closeErr = fmt.Errorf("close %s: %w", f.path, errno(err))
+			f.closeErr = fmt.Errorf("%s: close: %w", f.path, errno(err))
 		}
 	})
 	return f.closeErr
@@ -307,7 +307,7 @@ func (f *File) opError(op string, off, length int64, err error) error {
 	if errors.Is(err, os.ErrClosed) {
 		err = ErrClosed
 	}
-	return opError(op+" of "+f.path, off, length, errno(err))
+	return fmt.Errorf("%s: %w", f.path, opError(op, off, length, errno(err)))
 }
 
 // control calls do with the descriptor, again if a signal came between.

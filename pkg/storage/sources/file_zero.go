@@ -89,7 +89,7 @@ func (f *File) TrimAt(off, length int64) error {
 // ExtentAt implements storage.Extenter by SEEK_DATA and SEEK_HOLE. Where they
 // do not exist, as on block devices, all is data.
 func (f *File) ExtentAt(off int64) (end int64, hole bool, err error) {
-	const op = "look for holes"
+	const op = "search for holes"
 	if f.closed.Load() {
 		return 0, false, f.opError(op, off, 1, ErrClosed)
 	}
@@ -162,7 +162,7 @@ func (f *File) writeZeroes(from, to int64) error {
 
 func (f *File) fdatasync() error {
 	if err := control(f.raw, unix.Fdatasync); err != nil {
-		return fmt.Errorf("flush %s: %w", f.path, err)
+		return fmt.Errorf("%s: flush: %w", f.path, err)
 	}
 	return nil
 }

@@ -21,7 +21,7 @@ func TestFailedFlushStaysFailed(t *testing.T) { // D4
 	f.flusher.sync = works
 	require.ErrorIs(t, f.Flush(), syscall.EIO, "no retry turns it into success")
 	_, err := f.WriteAt(make([]byte, 512), 0)
-	require.EqualError(t, err, "write of "+path+" of 512 bytes at 0: an earlier flush has failed: input/output error")
+	require.EqualError(t, err, path+": write of 512 bytes at 0: an earlier flush has failed: input/output error")
 	require.ErrorIs(t, err, syscall.EIO)
 	require.ErrorIs(t, f.ZeroAt(0, 512, true), syscall.EIO)
 	require.ErrorIs(t, f.TrimAt(0, 512), syscall.EIO)
