@@ -89,7 +89,6 @@ type store struct {
 	fastZero  bool
 	multiConn bool
 	contexts  []string
-	allocated bool // base:allocation is one of contexts
 }
 
 func newStore(b backend.Backend) (*store, error) {
@@ -115,9 +114,6 @@ func newStore(b backend.Backend) (*store, error) {
 	}
 	if s.status, _ = b.(BlockStatuser); s.status != nil {
 		s.contexts = s.status.MetaContexts()
-		for _, name := range s.contexts {
-			s.allocated = s.allocated || name == contextAllocation
-		}
 	}
 	return s, nil
 }
@@ -131,13 +127,13 @@ func (s *store) flags(readOnly bool, mode replyMode, contexts bool) uint16 {
 	if s.multiConn {
 		f |= flagCanMultiConn
 	}
-	if s.trim != nil {
+	if s.trim != nil && !readOnly {
 		f |= flagSendTrim
 	}
-	if s.zero != nil {
+	if s.zero != nil && !readOnly {
 		f |= flagSendWriteZeroes
 	}
-	if s.fastZero {
+	if s.fastZero && !readOnly {
 		f |= flagSendFastZero
 	}
 	if s.prefetch != nil {

@@ -37,8 +37,8 @@ const (
 	firstSegment = 64 << 10 // memory for the payload of a WRITE at first
 	lastSegment  = 1 << 20  // and at most at once
 
-	holeSearch    = 64 << 10 // from here on a READ looks for holes
-	maxReadChunks = 64       // of one READ
+	holeSize      = 4 << 10 // smallest run of zeroes that a READ leaves out
+	maxReadChunks = 64      // of one READ
 
 	bigRequest = 128 << 10 // from here on a request is worth a goroutine of its own
 

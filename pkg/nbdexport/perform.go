@@ -1,6 +1,8 @@
 package nbdexport
 
 import (
+	"bytes"
+	"encoding/binary"
 	"io"
 	"math"
 )
@@ -70,20 +72,9 @@ func (r *request) read() {
 		return
 	}
 	p := r.segments[0].buf.b[:r.length]
-	r.extents = r.extents[:0]
-	if r.length >= holeSearch && r.c.mode >= modeStructured && r.c.store.allocated && r.flags&cmdFlagDF == 0 {
-		r.findHoles()
-	}
-	if len(r.extents) == 0 {
-		r.readPart(p, int64(r.off))
-		return
-	}
-	at := uint64(0)
-	for _, e := range r.extents {
-		if e.flags&stateZero == 0 && r.err == ok {
-			r.readPart(p[at:at+e.length], int64(r.off+at))
-		}
-		at += e.length
+	r.readPart(p, int64(r.off))
+	if r.err == ok && r.c.mode >= modeStructured && r.flags&cmdFlagDF == 0 {
+		r.findHoles(p)
 	}
 }
 
@@ -129,18 +120,41 @@ func (r *request) writeZeroes() {
 	r.fail(err)
 }
 
-// findHoles finds what of a READ is known to be zero. It leaves no extents
-// when that is nothing, or too scattered to be worth it.
-func (r *request) findHoles() {
-	r.room, r.one = r.length, false
-	err := r.c.store.status.BlockStatus(&r.wait, contextAllocation, int64(r.off), int64(r.length), r.addExtent)
-	zero := false
-	for _, e := range r.extents {
-		zero = zero || e.flags&stateZero != 0
+// findHoles finds what of the data read is zero and need not be sent. Only
+// whole, aligned blocks count, and a block that does not begin with zeroes
+// costs one look. It leaves no extents when all is data, or too scattered to
+// be worth it.
+func (r *request) findHoles(p []byte) {
+	edge := int(-r.off & (holeSize - 1)) // to the first aligned block
+	if edge+holeSize > len(p) {
+		return
 	}
-	if err != nil || r.room > 0 || !zero || len(r.extents) > maxReadChunks {
+	r.room, r.one = r.length, false
+	zero := false
+	if edge > 0 {
+		r.gather(int64(edge), 0)
+	}
+	for at := edge; at < len(p); at += holeSize {
+		b := p[at:min(at+holeSize, len(p))]
+		if len(b) < holeSize || !isZero(b) {
+			r.gather(int64(len(b)), 0)
+			continue
+		}
+		zero = true
+		r.gather(holeSize, stateZero)
+		if len(r.extents) > maxReadChunks {
+			break
+		}
+	}
+	if !zero || len(r.extents) > maxReadChunks {
 		r.extents = r.extents[:0]
 	}
+}
+
+var zeroes [holeSize]byte
+
+func isZero(b []byte) bool {
+	return binary.NativeEndian.Uint64(b) == 0 && bytes.Equal(b, zeroes[:])
 }
 
 // gather adds an extent; it is what BlockStatus yields to.
