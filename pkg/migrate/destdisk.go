@@ -24,6 +24,8 @@ type destDisk struct {
 	log   *slog.Logger
 
 	complete atomic.Bool
+	plain    bool         // the source is a plain Silo one
+	heard    atomic.Bool  // the source knows that we are complete
 	received atomic.Int64 // bytes of content that came
 
 	mu sync.Mutex
@@ -44,7 +46,7 @@ func newDestDisk(di *protocol.DevInfo, opened DestinationDisk, log *slog.Logger)
 	if err != nil {
 		return nil, err
 	}
-	d := &destDisk{name: opened.Name, geo: geo, store: store, log: log, refused: make(map[int64]struct{})}
+	d := &destDisk{name: opened.Name, geo: geo, store: store, plain: di.Extension == nil, log: log, refused: make(map[int64]struct{})}
 	if d.name == "" {
 		d.name = di.Name
 	}
@@ -52,7 +54,7 @@ func newDestDisk(di *protocol.DevInfo, opened DestinationDisk, log *slog.Logger)
 		BlockSize: geo.blockSize,
 		KnownZero: opened.KnownZero,
 		// A plain Silo source goes on writing, and takes blocks back.
-		Revocable: di.Extension == nil,
+		Revocable: d.plain,
 		Log:       log.With("disk", d.name),
 	})
 	return d, err
@@ -198,6 +200,12 @@ func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 	a.disk.complete.Store(true)
 	a.disk.log.Info("complete", "disk", a.disk.name, "received", a.disk.received.Load())
 	answer(nil)
+}
+
+// HandleRemoveDev hears that the source is done with the disk: it has got our
+// answer to Completed.
+func (a *arrivals) HandleRemoveDev() {
+	a.disk.heard.Store(a.disk.complete.Load())
 }
 
 // claim tells the source of every run that is here.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -69,13 +70,38 @@ func NewDestination(opts DestinationOptions) (*Destination, error) {
 }
 
 // Run takes disks over one connection after another until all that are
-// expected are complete and the source has closed the connection. It returns
+// expected are complete and the source has heard so. It returns
 // nil then, the cause of ctx when that ends first, and otherwise what cannot
 // be mended by connecting again. The devices go on in any case, until Close.
 func (d *Destination) Run(ctx context.Context, connect Connector) error {
-	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log, session: d.session}
-	return loop.run(ctx)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var patience *time.Timer
+	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log}
+	loop.session = func(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
+		greeted, err := d.session(ctx, conn)
+		if errors.Is(err, errUnheard) && patience == nil {
+			patience = time.AfterFunc(farewellTimeout, func() { cancel(errUnheard) })
+		}
+		return greeted, err
+	}
+	err := loop.run(ctx)
+	if patience != nil {
+		patience.Stop()
+	}
+	if errors.Is(err, errUnheard) {
+		d.log.Warn("all is here, but the source has not come back to hear it; its process may wait for ever and can be ended")
+		return nil
+	}
+	return err
 }
+
+// farewellTimeout is how long a complete destination waits for a source that
+// may not have got the answer to Completed, because the connection broke.
+const farewellTimeout = 30 * time.Second
+
+// errUnheard says that every disk is complete and the source may not know.
+var errUnheard = errors.New("all is here, but the connection ended before the source could confirm it")
 
 // session takes what comes over conn, which it closes. It ends well when the
 // connection does and every disk is complete.
@@ -95,7 +121,7 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 		return true, &FatalError{err}
 	}
 	if d.complete() {
-		return true, nil
+		return true, d.unheard()
 	}
 	return s.hello.said(), err
 }
@@ -127,6 +153,17 @@ func (d *Destination) complete() bool {
 		}
 	}
 	return true
+}
+
+// unheard returns errUnheard if the source of a complete disk may not know
+// that it is. A plain Silo source has no word for it.
+func (d *Destination) unheard() error {
+	for _, disk := range d.all() {
+		if !disk.plain && !disk.heard.Load() {
+			return errUnheard
+		}
+	}
+	return nil
 }
 
 // brokenDisk returns why a disk could not take what came, if one could not and

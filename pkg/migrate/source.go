@@ -222,6 +222,11 @@ func (d *sourceDisk) finish(ctx context.Context, o *order, to *protocol.ToProtoc
 	d.mu.Lock()
 	d.complete = true
 	d.mu.Unlock()
+	if _, extended := to.Peer(); extended {
+		// Tells the destination that its answer has come (trap M15). If this is
+		// lost, it waits a little for us to ask again.
+		_ = to.RemoveDev()
+	}
 	return errMoved
 }
 
