@@ -74,7 +74,7 @@ func (o *Options) maxLength(c wire.Command) int64 {
 	case wire.CommandWriteAt, wire.CommandWriteAtWithMap, wire.CommandReadAtResponse:
 		n = maxData + maxSmall
 	case wire.CommandDirtyList, wire.CommandHashes, wire.CommandRemoveFromMap, wire.CommandAlternateSources:
-		n = defaultMaxPacket
+		n = int64(o.MaxPacket)
 	case wire.CommandEvent:
 		n = maxEvent
 	case wire.CommandDevInfo:

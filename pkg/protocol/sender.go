@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 )
@@ -106,9 +107,18 @@ func (s *sender) writePacket(dev, id uint32, first, payload []byte) error {
 // send writes one packet when its turn has come. An error ends the connection,
 // since nobody knows how much of the packet is out.
 func (p *ProtocolRW) send(pri Priority, dev, id uint32, first, payload []byte) error {
+	return p.sendMarked(pri, dev, id, first, payload, nil)
+}
+
+// sendMarked sets mark, if there is one, when the packet's turn has come: what
+// sees it set and is sent goes out later.
+func (p *ProtocolRW) sendMarked(pri Priority, dev, id uint32, first, payload []byte, mark *atomic.Bool) error {
 	if !p.sender.acquire(pri) {
 		<-p.done
 		return p.err
+	}
+	if mark != nil {
+		mark.Store(true)
 	}
 	err := p.sender.writePacket(dev, id, first, payload)
 	p.sender.release()

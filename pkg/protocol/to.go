@@ -18,6 +18,7 @@ type ToProtocol struct {
 	size uint64
 	err  error // why it cannot be used: set once by NewToProtocol
 
+	announced  atomic.Bool // the DevInfo has the socket: what is sent from now on comes behind it
 	window     window
 	needAt     atomic.Pointer[func(off, length int64)]
 	dontNeedAt atomic.Pointer[func(off, length int64)]
@@ -63,10 +64,30 @@ func (t *ToProtocol) SendDevInfoExt(di *DevInfo) error {
 	if err := t.p.announce(t); err != nil {
 		return err
 	}
+	id := uint32(0)
 	if m.Extension == nil {
-		return t.p.send(PriorityUrgent, t.dev, t.p.calls.id(), packet, nil)
+		id = t.p.calls.id()
+	} else {
+		id, err = t.p.calls.add(call{dev: t.dev, to: t, command: wire.CommandDevInfo, done: ignored{}})
+		if err != nil {
+			return err
+		}
 	}
-	return t.start(PriorityUrgent, call{command: wire.CommandDevInfo, done: ignored{}}, packet, nil)
+	return t.p.sendMarked(PriorityUrgent, t.dev, id, packet, nil, &t.announced)
+}
+
+// ready says why nothing but a DevInfo can be sent, or nil.
+func (t *ToProtocol) ready() error {
+	if t.err != nil {
+		return t.err
+	}
+	if !t.announced.Load() {
+		if err := t.p.Err(); err != nil {
+			return err
+		}
+		return fmt.Errorf("protocol: device %d: SendDevInfo comes first", t.dev)
+	}
+	return nil
 }
 
 // ignored is the completion of what nobody waits for.
@@ -102,21 +123,25 @@ func (t *ToProtocol) peerAnswered(ext wire.Extension) {
 // The range is in bytes, inside the device and never empty. It is called on the
 // goroutine that reads and must not block. Set it before SendDevInfo.
 func (t *ToProtocol) HandleNeedAt(f func(off, length int64)) {
-	t.needAt.Store(&f)
+	t.needAt.Store(handler(f))
 }
 
 // HandleDontNeedAt sets what is called when the destination does not want a
 // range any more, as HandleNeedAt.
 func (t *ToProtocol) HandleDontNeedAt(f func(off, length int64)) {
-	t.dontNeedAt.Store(&f)
+	t.dontNeedAt.Store(handler(f))
+}
+
+func handler(f func(off, length int64)) *func(off, length int64) {
+	if f == nil {
+		return nil
+	}
+	return &f
 }
 
 // start registers a call and sends its packet, of which the payload is not
 // copied. The call completes exactly once, unless an error is returned.
 func (t *ToProtocol) start(pri Priority, c call, first, payload []byte) error {
-	if t.err != nil {
-		return t.err
-	}
 	c.dev, c.to = t.dev, t
 	if c.window > 0 && !t.window.acquire(c.window) {
 		return t.p.closedErr()
@@ -170,8 +195,8 @@ func (t *ToProtocol) writeCall(pri Priority, off, length, cost int64, c Completi
 }
 
 func (t *ToProtocol) checkWrite(off, length, limit int64) error {
-	if t.err != nil {
-		return t.err
+	if err := t.ready(); err != nil {
+		return err
 	}
 	if length <= 0 || length > limit {
 		return fmt.Errorf("protocol: write of %d bytes: want 1 to %d", length, limit)

@@ -61,8 +61,8 @@ func (t *ToProtocol) SendHashes(ctx context.Context, hashes []wire.Hash) error {
 // RemoveDev tells the destination that nothing more comes for the device. It
 // has no answer.
 func (t *ToProtocol) RemoveDev() error {
-	if t.err != nil {
-		return t.err
+	if err := t.ready(); err != nil {
+		return err
 	}
 	packet, err := new(wire.RemoveDev).AppendBinary(nil)
 	if err != nil {
@@ -76,11 +76,11 @@ func (t *ToProtocol) roundTrip(ctx context.Context, command wire.Command, packet
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
+	if err := t.ready(); err != nil {
+		return err
+	}
 	w := t.p.newWaiter()
 	defer t.p.freeWaiter(w)
-	if t.err != nil {
-		return t.err
-	}
 	c := call{command: command, dev: t.dev, to: t, done: w}
 	id, err := t.p.calls.add(c) // before sending: the answer can beat send's return
 	if err != nil {

@@ -55,6 +55,9 @@ func (t *ToProtocol) ReadAt(b []byte, off int64) (int, error) {
 }
 
 func (t *ToProtocol) readPart(b []byte, off int64) (int, error) {
+	if err := t.ready(); err != nil {
+		return 0, err
+	}
 	m := wire.ReadAt{Off: off, Length: int32(len(b))}
 	packet, err := m.AppendBinary(nil)
 	if err != nil {
