@@ -12,6 +12,7 @@ type disk struct {
 	contexts []string
 	status   func(name string, off, length int64, yield func(int64, uint32) bool) error
 	slowZero bool
+	entered  chan struct{} // takes one for each write that has come to the gate
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -24,7 +25,8 @@ type disk struct {
 }
 
 func newDisk(size int) *disk {
-	return &disk{memory: newMemory(size), contexts: []string{contextAllocation, "silo:state"}, here: make(chan struct{})}
+	return &disk{memory: newMemory(size), contexts: []string{contextAllocation, "silo:state"}, here: make(chan struct{}),
+		entered: make(chan struct{}, 1000)}
 }
 
 // arrive makes what is missing be here.
@@ -78,6 +80,7 @@ func (d *disk) WriteAtContext(_ context.Context, p []byte, off int64) (int, erro
 	gate := d.gate
 	d.mu.Unlock()
 	if gate != nil {
+		d.entered <- struct{}{}
 		<-gate
 	}
 	if err := d.call("write"); err != nil {

@@ -307,6 +307,7 @@ func TestWritesOfADeadClientEndBeforeItsSuccessorBegins(t *testing.T) {
 	for range 40 { // the first runs, the others are read or wait to be
 		old.request(cmdWrite, 0, 0, 4096, stale)
 	}
+	<-d.entered
 	require.NoError(t, old.Close())
 
 	next := dialRaw(t, path)
