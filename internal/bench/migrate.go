@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// migration is a source and a destination that the measurement looks at.
+type migration struct {
+	source, dest *child
+	uri          string // of the export
+	began        time.Time
+}
+
+// setup says what a migration looks like.
+type setup struct {
+	src, dst   string
+	listen     string   // where the source listens
+	connect    string   // where the destination connects, listen if empty
+	sourceArgs []string // further arguments
+	destArgs   []string
+}
+
+// migrate starts a migration with the NBD export on a unix socket and returns when the export can be attached.
+func (b *bench) migrate(ctx context.Context, s setup) (*migration, error) {
+	if s.connect == "" {
+		s.connect = s.listen
+	}
+	socket := filepath.Join(b.memory, "nbd.sock")
+	source, err := startChild(ctx, b.silo, append([]string{"source", "--disk", "disk=" + s.src, "--listen", s.listen}, s.sourceArgs...)...)
+	if err != nil {
+		return nil, err
+	}
+	m := &migration{source: source}
+	if err := waitListening(s.listen); err != nil {
+		m.stop()
+		return nil, fmt.Errorf("%w\n%s", err, source.stderr.String())
+	}
+	m.began = time.Now()
+	m.dest, err = startChild(ctx, b.silo, append([]string{"dest", "--disk", s.dst, "--connect", s.connect, "--nbd", "unix://" + socket}, s.destArgs...)...)
+	if err != nil {
+		m.stop()
+		return nil, err
+	}
+	if m.uri, err = m.dest.ready("ready disk "); err != nil {
+		m.stop()
+		return nil, err
+	}
+	return m, nil
+}
+
+// finish waits for both ends, which complete by themselves, and returns the time since dest was started and the CPU
+// time of both.
+func (m *migration) finish() (took, sourceCPU, destCPU time.Duration, err error) {
+	if sourceCPU, err = m.source.wait(); err == nil {
+		destCPU, err = m.dest.wait()
+	}
+	took = time.Since(m.began)
+	m.stop()
+	return took, sourceCPU, destCPU, err
+}
+
+// stop ends what still runs.
+func (m *migration) stop() {
+	for _, c := range []*child{m.dest, m.source} {
+		if c != nil {
+			c.stop()
+		}
+	}
+}
+
+// running says whether a child has not ended yet.
+func (c *child) running() bool {
+	if c.ended {
+		return false
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
+	if err != nil {
+		return false
+	}
+	_, after, _ := strings.Cut(string(stat), ") ")
+	return !strings.HasPrefix(after, "Z") // ended, and not yet waited for
+}
+
+// peakMemory is the most memory that the child has had, in bytes.
+func (c *child) peakMemory() (int64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			var n int64
+			_, err := fmt.Sscan(value, &n)
+			return n * kib, err
+		}
+	}
+	return 0, fmt.Errorf("no VmHWM for process %d", c.cmd.Process.Pid)
+}
+
+// freePort returns a TCP address on loopback that nobody listens on.
+func freePort() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer ln.Close()
+	return "tcp://" + ln.Addr().String(), nil
+}
+
+// waitListening waits until somebody listens on an address, without connecting: a connection may be taken for a peer.
+func waitListening(address string) error {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		ok, err := listening(address)
+		if ok || err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("nobody listens on %s after 30 s", address)
+}
+
+// listening looks into the kernel's tables of sockets.
+func listening(address string) (bool, error) {
+	if path, ok := strings.CutPrefix(address, "unix://"); ok {
+		return inTable("/proc/net/unix", 8, 7, path, 3, "00010000") // __SO_ACCEPTCON
+	}
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(address, "tcp://"))
+	if err != nil {
+		return false, err
+	}
+	var n int
+	if _, err := fmt.Sscan(port, &n); err != nil {
+		return false, err
+	}
+	v4, err := inTable("/proc/net/tcp", 10, 1, fmt.Sprintf(":%04X", n), 3, "0A") // TCP_LISTEN
+	v6, _ := inTable("/proc/net/tcp6", 10, 1, fmt.Sprintf(":%04X", n), 3, "0A")  // a kernel without IPv6 has none
+	return v4 || v6, err
+}
+
+// inTable looks for a line of at least so many fields, one of which ends in name and another of which is state.
+func inTable(table string, fields, nameField int, name string, stateField int, state string) (bool, error) {
+	content, err := os.ReadFile(table)
+	if err != nil {
+		return false, err
+	}
+	for line := range strings.Lines(string(content)) {
+		f := strings.Fields(line)
+		if len(f) >= fields && strings.HasSuffix(f[nameField], name) && f[stateField] == state {
+			return true, nil
+		}
+	}
+	return false, nil
+}
