@@ -44,7 +44,11 @@ func (b *bucket) reserve(now time.Time, n int) (sent, next time.Time) {
 		b.free = earliest
 	}
 	b.free = b.free.Add(duration(int64(n), b.rate))
-	return b.free, b.free.Add(-max(queueTime, duration(minQueue, b.rate)))
+	sent = b.free
+	if sent.Before(now) {
+		sent = now // to catch up makes up for lost rate, and never takes from the delay
+	}
+	return sent, b.free.Add(-max(queueTime, duration(minQueue, b.rate)))
 }
 
 // chunk is how many bytes to reserve at once: small enough that connections
