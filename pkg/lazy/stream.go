@@ -29,6 +29,11 @@ type Stream struct {
 	kick chan struct{} // capacity 1: there is something to ask
 }
 
+var (
+	_ storage.StorageProvider = (*Stream)(nil)
+	_ storage.Zeroer          = (*Stream)(nil)
+)
+
 // Attach begins a session with src. The session before it is over: when Attach
 // returns, its operations have ended, and later ones fail with ErrDetached. All
 // that is waited for is asked of src. On a closed device the stream is dead from

@@ -275,6 +275,35 @@ func TestL4ReadOverInvalidatedBlockIsOfOneAge(t *testing.T) {
 	}
 }
 
+// L4: a block is not taken back under the hands of an arrival: what was on its
+// way when the dirty list came does not count as the new contents. A dirty list
+// that takes no claim fails it.
+func TestL4DirtyListWaitsForArrivalInProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, disk := newTestDevice(t, 4*testBlock, Options{BlockSize: testBlock, Revocable: true})
+		s := d.Attach(&asks{})
+		stop := stopAt(disk, "write")
+		old := run(func() { mustWrite(t, s, testBlock, filled(1, testBlock)) })
+		<-stop.at
+		dirty := run(func() {
+			if err := s.DirtyList([]uint32{1}); err != nil {
+				t.Error(err)
+			}
+		})
+		if ended(dirty) {
+			t.Error("answered while an old packet was being written")
+		}
+		stop.goOn <- struct{}{}
+		<-stop.at
+		stop.goOn <- struct{}{}
+		<-old
+		<-dirty
+		disk.hook, disk.done = nil, nil
+		mustWrite(t, s, testBlock, filled(2, testBlock))
+		mustRead(t, d, testBlock, filled(2, testBlock))
+	})
+}
+
 // L5: of data that is not aligned the whole blocks are taken, the edges are not,
 // whatever the blocks beside hold. Rounding the wrong way fails it.
 func TestL5UnalignedArrivalPublishesWholeBlocksOnly(t *testing.T) {
@@ -456,23 +485,28 @@ func TestL9ZeroesAreWrittenUnlessKnown(t *testing.T) {
 		d.GoLive()
 		mustRead(t, d, 0, append(append(filled(1, testBlock), make([]byte, testBlock)...), filled(1, 2*testBlock)...))
 	})
-	t.Run("failed write", func(t *testing.T) {
-		d, disk := newTestDevice(t, size, Options{BlockSize: testBlock, KnownZero: true})
-		s := d.Attach(&asks{})
-		disk.done = func(string, int64, int64) {}
-		disk.hook = func(op string, off, length int64) error { // half of it gets there
-			copy(disk.b[off:off+length/2], filled(0xee, length/2))
-			return syscall.EIO
-		}
-		if _, err := d.WriteAt(filled(7, testBlock), 0); !errors.Is(err, syscall.EIO) {
-			t.Fatal(err)
-		}
-		disk.hook = nil
-		if err := s.ZeroAt(0, size, true); err != nil {
-			t.Fatal(err)
-		}
-		mustRead(t, d, 0, make([]byte, size))
-	})
+	for _, who := range []string{"client", "source"} {
+		t.Run("failed write of the "+who, func(t *testing.T) {
+			d, disk := newTestDevice(t, size, Options{BlockSize: testBlock, KnownZero: true})
+			s := d.Attach(&asks{})
+			disk.hook = func(_ string, off, length int64) error { // half of it gets there
+				copy(disk.b[off:off+length/2], filled(0xee, length/2))
+				return syscall.EIO
+			}
+			var w io.WriterAt = d
+			if who == "source" {
+				w = s
+			}
+			if _, err := w.WriteAt(filled(7, testBlock), 0); !errors.Is(err, syscall.EIO) {
+				t.Fatal(err)
+			}
+			disk.hook = nil
+			if err := s.ZeroAt(0, size, true); err != nil {
+				t.Fatal(err)
+			}
+			mustRead(t, d, 0, make([]byte, size))
+		})
+	}
 }
 
 // L10: a packet of an earlier session, or after Complete, changes nothing and
