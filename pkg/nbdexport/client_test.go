@@ -78,6 +78,8 @@ func pack(parts ...any) []byte {
 		switch p := p.(type) {
 		case string:
 			b = append(b, p...)
+		case []byte:
+			b = append(b, p...)
 		case errno:
 			b = binary.BigEndian.AppendUint32(b, uint32(p))
 		default:
@@ -282,7 +284,7 @@ func (c *rawClient) read(flags uint16, off, length uint64) ([]byte, errno) {
 
 func (c *rawClient) readReply(cookie, off, length uint64) ([]byte, errno) {
 	c.t.Helper()
-	p, covered := make([]byte, length), uint64(0)
+	p, covered := make([]byte, min(length, 2*maxPayload)), uint64(0) // longer ones are refused
 	for {
 		r := c.chunk(int(length))
 		require.Equal(c.t, cookie, r.cookie)

@@ -3,6 +3,7 @@ package nbdexport
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // disk is a backend that can do everything, and that a test can make wait and
@@ -133,3 +134,18 @@ func (d *disk) BlockStatus(_ context.Context, name string, off, length int64, yi
 	yield(length, 0)
 	return nil
 }
+
+// quietDisk is a disk for benchmarks, which notes nothing.
+type quietDisk struct {
+	*memory
+	d *disk
+}
+
+func (q *quietDisk) ReadAtContext(ctx context.Context, p []byte, off int64) (int, error) {
+	if off >= q.d.missing {
+		return q.d.ReadAtContext(ctx, p, off)
+	}
+	return q.ReadAt(p, off)
+}
+
+var noDeadline time.Time
