@@ -124,7 +124,7 @@ func (a *acceptor) acceptLoop() {
 		}
 		select {
 		case a.conns <- conn:
-			a.log.Info("connected", "from", conn.RemoteAddr().String())
+			a.log.Info("connected", "to", conn.LocalAddr().String(), "from", conn.RemoteAddr().String())
 		case <-a.closed:
 			conn.Close() // nobody spoke on it
 			a.err = net.ErrClosed

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
+	"github.com/silo-nbd/silo-nbd/internal/units"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"silo-nbd": main, "pid": execPid})
+}
+
+// TestScripts runs testdata/*.txtar, one behaviour each, as a user would see it.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"code":   cmdCode,
+			"mkdisk": cmdMkdisk,
+			"attach": cmdAttach,
+			"nbd":    cmdNBD,
+			"port":   cmdPort,
+			"peer":   cmdPeer,
+			"await":  cmdAwait,
+
+			"sigterm": cmdSigterm,
+		},
+	})
+}
+
+// execPid leaves its process id in NAME.pid and becomes the program: pid NAME program args...
+func execPid() {
+	path, err := exec.LookPath(os.Args[2])
+	if err == nil {
+		err = os.WriteFile(os.Args[1]+".pid", []byte(strconv.Itoa(os.Getpid())), 0o600)
+	}
+	if err == nil {
+		err = syscall.Exec(path, os.Args[2:], os.Environ())
+	}
+	fmt.Fprintln(os.Stderr, "pid:", err)
+	os.Exit(99)
+}
+
+// cmdSigterm sends SIGTERM to a program that was started by pid: sigterm NAME
+func cmdSigterm(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: sigterm NAME")
+	}
+	pid, err := strconv.Atoi(ts.ReadFile(args[0] + ".pid"))
+	ts.Check(err)
+	ts.Check(syscall.Kill(pid, syscall.SIGTERM))
+}
+
+// cmdCode runs a program and wants its exit code: code N program args...
+func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: code N program args...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	got := 0
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("exit code %d, want %s", got, args[0])
+	}
+}
+
+// cmdMkdisk makes a disk with random content, a hole and some zeroes: mkdisk FILE SIZE
+func cmdMkdisk(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: mkdisk FILE SIZE")
+	}
+	size, err := units.Parse(args[1])
+	ts.Check(err)
+	b := make([]byte, size)
+	seed := [32]byte{byte(size), byte(size >> 8)}
+	copy(seed[2:], args[0])
+	rand.NewChaCha8(seed).Read(b)
+	clear(b[size/4 : size/3])
+	f, err := os.Create(ts.MkAbs(args[0]))
+	ts.Check(err)
+	_, err = f.Write(b[:size/2])
+	ts.Check(err)
+	_, err = f.WriteAt(b[size/8*5:], size/8*5)
+	ts.Check(err)
+	ts.Check(f.Close())
+}
+
+// dial attaches to an export as soon as there is one.
+func dial(ts *testscript.TestScript, uri string) *nbdclient.Client {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		c, err := nbdclient.Dial(context.Background(), uri)
+		if err == nil {
+			return c
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%v", err)
+		}
+	}
+}
+
+// cmdAttach waits until an export can be attached and stays attached: attach URI
+// With ! it wants that nobody serves there.
+func cmdAttach(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: attach URI")
+	}
+	if neg {
+		if c, err := nbdclient.Dial(context.Background(), args[0]); err == nil {
+			c.Close()
+			ts.Fatalf("%s can be attached", args[0])
+		}
+		return
+	}
+	c := dial(ts, args[0])
+	ts.Defer(func() { c.Close() })
+}
+
+// cmdNBD reads or writes an export: nbd URI (read|write) OFF TEXT
+func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 4 {
+		ts.Fatalf("usage: nbd URI (read|write) OFF TEXT")
+	}
+	c := dial(ts, args[0])
+	defer c.Close()
+	off, err := strconv.ParseInt(args[2], 10, 64)
+	ts.Check(err)
+	if args[1] == "write" {
+		_, err = c.WriteAt([]byte(args[3]), off)
+		ts.Check(err)
+		ts.Check(c.Flush())
+		return
+	}
+	got := make([]byte, len(args[3]))
+	_, err = c.ReadAt(got, off)
+	ts.Check(err)
+	if string(got) != args[3] {
+		ts.Fatalf("read %q at %d, want %q", got, off, args[3])
+	}
+}
+
+// cmdPort puts a free TCP port into a variable: port VARIABLE
+func cmdPort(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: port VARIABLE")
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Setenv(args[0], strconv.Itoa(ln.Addr().(*net.TCPAddr).Port))
+	ts.Check(ln.Close())
+}
+
+// cmdPeer listens and is no peer of ours: peer SOCKET (http|silent|closing)
+func cmdPeer(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: peer SOCKET (http|silent|closing)")
+	}
+	ln, err := net.Listen("unix", ts.MkAbs(args[0]))
+	ts.Check(err)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			switch args[1] {
+			case "http":
+				io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"+strings.Repeat("x", 100))
+				conn.Close()
+			case "closing":
+				conn.Close()
+			default:
+				defer conn.Close()
+			}
+		}
+	}()
+	ts.Defer(func() {
+		ln.Close()
+		<-done
+	})
+}
+
+// cmdAwait waits until a file holds a text: await FILE TEXT
+func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: await FILE TEXT")
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		b, err := os.ReadFile(ts.MkAbs(args[0]))
+		if err == nil && strings.Contains(string(b), args[1]) {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%s does not hold %q: %s %v", args[0], args[1], b, err)
+		}
+	}
+}
+
+func TestReportIsOneLine(t *testing.T) {
+	var b strings.Builder
+	if code := report(errors.Join(errors.New("one"), fmt.Errorf("two\n")), &b); code != 1 || b.String() != "silo-nbd: one; two\n" {
+		t.Errorf("code %d, %q", code, b.String())
+	}
+}
