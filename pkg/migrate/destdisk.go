@@ -169,6 +169,9 @@ type arrivals struct {
 // the blocks again later.
 func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
 	n, err := a.Stream.WriteAt(p, off)
+	if errors.Is(err, lazy.ErrComplete) {
+		return len(p), nil // sent before the source knew: all of it is here
+	}
 	if err != nil {
 		return n, a.disk.refuse(off, int64(len(p)), err)
 	}
@@ -178,7 +181,11 @@ func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
 
 // ZeroAt lays down a run of zeroes.
 func (a *arrivals) ZeroAt(off, length int64, punch bool) error {
-	if err := a.Stream.ZeroAt(off, length, punch); err != nil {
+	err := a.Stream.ZeroAt(off, length, punch)
+	if errors.Is(err, lazy.ErrComplete) {
+		return nil
+	}
+	if err != nil {
 		return a.disk.refuse(off, length, err)
 	}
 	a.disk.take(off, length)

@@ -121,7 +121,7 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 		return true, &FatalError{err}
 	}
 	if d.complete() {
-		return true, d.unheard()
+		return s.hello.said(), d.unheard()
 	}
 	return s.hello.said(), err
 }

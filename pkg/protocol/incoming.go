@@ -32,6 +32,7 @@ type incoming struct {
 
 	mu   sync.Mutex
 	work sync.Cond // there is something to do, or the end
+	rest sync.Cond // nothing is left to do, or the end
 	// Guarded by mu:
 	info       *wire.DevInfo
 	factory    func(di *DevInfo) storage.StorageProvider
@@ -46,7 +47,7 @@ type incoming struct {
 
 func newIncoming(p *ProtocolRW, dev uint32) *incoming {
 	in := &incoming{p: p, dev: dev}
-	in.work.L = &in.mu
+	in.work.L, in.rest.L = &in.mu, &in.mu
 	return in
 }
 
@@ -172,6 +173,19 @@ func (in *incoming) finished(j *job) {
 		in.alone = false
 		in.work.Broadcast()
 	}
+	if in.running == 0 && in.jobs.n == 0 {
+		in.rest.Broadcast()
+	}
+}
+
+// drain waits until what has come was taken to the store, if there is or will
+// be one, or for the end.
+func (in *incoming) drain() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for !in.closed && in.factory != nil && in.running+in.jobs.n > 0 {
+		in.rest.Wait()
+	}
 }
 
 // push queues a job. It never waits; a peer with too many is an error.
@@ -227,4 +241,5 @@ func (in *incoming) close() {
 		in.drop(&j)
 	}
 	in.work.Broadcast()
+	in.rest.Broadcast()
 }

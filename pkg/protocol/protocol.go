@@ -144,7 +144,8 @@ func (p *ProtocolRW) connection() *ProtocolRW { return p }
 
 // Handle reads until the connection ends and returns why, never nil. It is run
 // once, on a goroutine of the caller. A peer that closed the connection between
-// two packets is io.EOF, Close is ErrClosed.
+// two packets is io.EOF, after what it sent has been taken to the stores; Close
+// is ErrClosed.
 func (p *ProtocolRW) Handle() error {
 	p.mu.Lock()
 	if p.handled {
@@ -162,9 +163,28 @@ func (p *ProtocolRW) Handle() error {
 		return p.err
 	}
 	defer p.wg.Done()
-	p.end(p.readPackets())
+	err := p.readPackets()
+	if errors.Is(err, io.EOF) {
+		p.drain() // a peer that hangs up has said what it had to say
+	}
+	p.end(err)
 	<-p.done
 	return p.err
+}
+
+// drain waits until what was received is in the stores, or for the end.
+func (p *ProtocolRW) drain() {
+	p.mu.Lock()
+	var all []*incoming
+	for _, d := range p.devices {
+		if d.in != nil {
+			all = append(all, d.in)
+		}
+	}
+	p.mu.Unlock()
+	for _, in := range all {
+		in.drain()
+	}
 }
 
 // Close ends the connection, wakes everybody who waits for it and returns when
