@@ -33,7 +33,10 @@ type conn struct {
 	// second step decides: the leader itself, and it leads on; or another on
 	// its behalf, and the leader is a leader no more.
 	word  atomic.Uint64
-	spell atomic.Int32 // so many more requests get a goroutine of their own
+	pace  pacer       // the leader's
+	stuck atomic.Bool // a leader was found stuck in a request
+
+	finished atomic.Uint64 // requests that have come to their end
 
 	watching atomic.Bool // the watch timer is set
 	watch    *time.Timer
@@ -189,7 +192,7 @@ func (c *conn) tick() {
 		}
 	case same:
 		if c.end(word) {
-			c.spell.Store(concurrentSpell)
+			c.stuck.Store(true)
 			c.promote()
 		}
 	}
@@ -241,13 +244,16 @@ func (c *conn) lead() bool {
 		}
 		if c.worthWorker(r) {
 			c.promote()
-			c.runTimed(r)
+			c.run(r)
+			c.flush()
 			c.retire()
 			return true
 		}
+		began := time.Now()
 		word := c.begin()
 		r.word = word
 		c.run(r) // r is gone
+		took := time.Since(began)
 		if c.batchFull() {
 			c.flush()
 		}
@@ -256,6 +262,7 @@ func (c *conn) lead() bool {
 			c.retire()
 			return true
 		}
+		c.pace.ran(took)
 	}
 }
 
@@ -286,20 +293,7 @@ func (c *conn) worthWorker(r *request) bool {
 	if r.typ != cmdRead && r.typ != cmdWrite || r.length >= bigRequest || r.flags&cmdFlagFUA != 0 && r.typ == cmdWrite {
 		return true
 	}
-	if c.spell.Load() > 0 {
-		c.spell.Add(-1)
-		return true
-	}
-	return false
-}
-
-// runTimed runs a request on a worker that does not lead.
-func (c *conn) runTimed(r *request) {
-	began := time.Now()
-	if waited := c.run(r); !waited && time.Since(began) > slowAfter && c.spell.Load() > 0 {
-		c.spell.Store(concurrentSpell) // the store is still slow
-	}
-	c.flush()
+	return c.pace.next(c.finished.Load(), c.stuck.Load() && c.stuck.Swap(false))
 }
 
 // hasRoom says that another request may be read.

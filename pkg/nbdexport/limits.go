@@ -29,7 +29,7 @@ const (
 	readBuffer      = 64 << 10 // read from the socket at once
 	handshakeBuffer = 1 << 10  // the same before the transmission phase
 
-	batchReplies = 8        // replies that the leader gathers before it writes
+	batchReplies = 16       // replies that the leader gathers before it writes
 	batchBytes   = 64 << 10 // the same in bytes
 
 	joinBytes = 16 << 10 // replies put together where one call takes one slice only
@@ -42,9 +42,11 @@ const (
 
 	bigRequest = 128 << 10 // from here on a request is worth a goroutine of its own
 
-	stuckAfter      = time.Millisecond // a request that the leader runs for longer is left to its goroutine
-	slowAfter       = 200 * time.Microsecond
-	concurrentSpell = 256 // requests run by goroutines of their own after one was slow
+	stuckAfter = time.Millisecond // a request that the leader runs for longer is left to its goroutine
+
+	slowAfter      = 40 * time.Microsecond // a request that was not just memory
+	windowRequests = 256                   // after so many the pacer looks again
+	windowTime     = 20 * time.Millisecond // or after this
 )
 
 // Defaults of Options.

@@ -8,17 +8,17 @@ import (
 )
 
 // run performs a request and queues its reply. The request is not the caller's
-// any more then. It says whether the request has waited for data.
-func (c *conn) run(r *request) (waited bool) {
+// any more then.
+func (c *conn) run(r *request) {
 	if c.dead.Load() { // a write of a client that has gone must not begin
 		r.free()
-		return false
+		return
 	}
 	if r.err == ok {
 		r.perform()
 	}
 	r.encode()
-	return c.enqueue(r)
+	c.enqueue(r)
 }
 
 // perform does what was asked and notes an error.

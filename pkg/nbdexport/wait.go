@@ -101,10 +101,10 @@ func (w *waiter) cancelLocked(err errno) {
 	}
 }
 
-// endLocked is the end of the request, and says whether it has waited.
-func (w *waiter) endLocked() bool {
+// endLocked is the end of the request, or of a part of it.
+func (w *waiter) endLocked() {
 	if !w.waiting {
-		return false
+		return
 	}
 	c := w.r.c
 	for i, r := range c.waiters {
@@ -124,7 +124,6 @@ func (w *waiter) endLocked() bool {
 	}
 	w.waiting, w.ended = false, ok
 	c.room.Signal()
-	return true
 }
 
 // armLocked sets the timer for the next thing to happen to a wait.

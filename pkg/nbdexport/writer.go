@@ -64,9 +64,10 @@ func (w *writer) flushJoined() error {
 }
 
 // enqueue hands a request over to be answered. flush sends it.
-func (c *conn) enqueue(r *request) (waited bool) {
+func (c *conn) enqueue(r *request) {
+	c.finished.Add(1)
 	c.mu.Lock()
-	waited = r.wait.endLocked()
+	r.wait.endLocked()
 	drop := c.dead.Load() || r.err == errNotServed
 	if !drop {
 		c.queue = append(c.queue, r)
@@ -76,7 +77,6 @@ func (c *conn) enqueue(r *request) (waited bool) {
 	if drop {
 		r.free()
 	}
-	return waited
 }
 
 // batchFull says that enough replies wait to be sent.
