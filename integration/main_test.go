@@ -21,6 +21,10 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "integration:", err)
 		os.Exit(1)
 	}
+	if err := os.Chmod(dir, 0o755); err != nil { // some tests run the command as another user
+		fmt.Fprintln(os.Stderr, "integration:", err)
+		os.Exit(1)
+	}
 	scratch = dir
 	code := m.Run()
 	if err := os.RemoveAll(dir); err != nil {
@@ -37,6 +41,16 @@ var top = sync.OnceValue(func() string {
 	}
 	return filepath.Dir(dir)
 })
+
+// build builds a package of the repository.
+func build(bin, pkg string) error {
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", bin, pkg)
+	cmd.Dir = top()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build %s: %w\n%s", pkg, err, out)
+	}
+	return nil
+}
 
 // need skips the test when one of the tools is not installed; in CI, where a skip would look like a pass, it fails.
 func need(t *testing.T, tools ...string) {

@@ -4,7 +4,7 @@ package integration
 
 import (
 	"bytes"
-	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"strings"
@@ -21,6 +21,7 @@ type process struct {
 	cmd    *exec.Cmd
 	stdout *output
 	stderr *output
+	quiet  bool          // not shown when the test fails: it did what it should
 	exited chan struct{} // closed when it has ended; cmd.ProcessState is set before
 }
 
@@ -56,8 +57,8 @@ func (p *process) cleanup() {
 		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) // with its children; it may just have ended: nothing to kill then
 	}
 	<-p.exited
-	if p.t.Failed() {
-		p.t.Logf("%s: %s\nended: %v\nstdout:\n%sstderr:\n%s", p.name, strings.Join(p.cmd.Args, " "), p.cmd.ProcessState, p.stdout, p.stderr)
+	if p.t.Failed() && !p.quiet {
+		p.t.Logf("%s: %s\nended: %v\nstdout:\n%sstderr:\n%s", p.name, strings.Join(p.cmd.Args, " "), p.cmd.ProcessState, p.stdout.tail(), p.stderr.tail())
 	}
 }
 
@@ -74,41 +75,21 @@ func (p *process) running() bool {
 // line waits for a line on standard output that starts with prefix, and returns it.
 func (p *process) line(prefix string, within time.Duration) string {
 	p.t.Helper()
-	return p.lineOf(p.stdout, prefix, within)
-}
-
-// errLine waits for a line on standard error that contains part, and returns it.
-func (p *process) errLine(part string, within time.Duration) string {
-	p.t.Helper()
-	return p.lineWhere(p.stderr, func(l string) bool { return strings.Contains(l, part) }, "a line with "+part, within)
-}
-
-func (p *process) lineOf(o *output, prefix string, within time.Duration) string {
-	p.t.Helper()
-	return p.lineWhere(o, func(l string) bool { return strings.HasPrefix(l, prefix) }, "a line "+prefix+"...", within)
-}
-
-func (p *process) lineWhere(o *output, match func(string) bool, what string, within time.Duration) string {
-	p.t.Helper()
 	late := time.After(within)
 	for {
-		more := o.changed()
-		for _, l := range o.lines() {
-			if match(l) {
-				return l
-			}
+		more := p.stdout.changed()
+		if l, ok := p.stdout.find(prefix); ok {
+			return l
 		}
 		select {
 		case <-more:
 		case <-p.exited:
-			for _, l := range o.lines() { // it may have printed the line and ended at once
-				if match(l) {
-					return l
-				}
+			if l, ok := p.stdout.find(prefix); ok { // printed just before it ended
+				return l
 			}
-			p.t.Fatalf("%s ended (%v) and never printed %s", p.name, p.cmd.ProcessState, what)
+			p.t.Fatalf("%s ended (%v) and never printed a line %s...", p.name, p.cmd.ProcessState, prefix)
 		case <-late:
-			p.t.Fatalf("%s did not print %s within %v", p.name, what, within)
+			p.t.Fatalf("%s printed no line %s... within %v", p.name, prefix, within)
 		}
 	}
 }
@@ -153,6 +134,7 @@ func command(t *testing.T, within time.Duration, name string, args ...string) re
 	began := time.Now()
 	p := start(t, name, name, args...)
 	code := p.wait(within)
+	p.quiet = code == 0
 	return result{stdout: p.stdout.String(), stderr: p.stderr.String(), code: code, took: time.Since(began)}
 }
 
@@ -189,14 +171,23 @@ func (o *output) String() string {
 	return o.buf.String()
 }
 
-// lines returns the complete lines written so far.
-func (o *output) lines() []string {
-	s := o.String()
-	i := strings.LastIndexByte(s, '\n')
-	if i < 0 {
-		return nil
+// tail returns the last lines written, for the report of a failed test.
+func (o *output) tail() string {
+	lines := strings.SplitAfter(o.String(), "\n")
+	if more := len(lines) - 12; more > 0 {
+		return fmt.Sprintf("(%d lines before)\n%s", more, strings.Join(lines[more:], ""))
 	}
-	return strings.Split(s[:i], "\n")
+	return strings.Join(lines, "")
+}
+
+// find returns the first complete line with the prefix.
+func (o *output) find(prefix string) (line string, ok bool) {
+	for l := range strings.Lines(o.String()) {
+		if strings.HasPrefix(l, prefix) && strings.HasSuffix(l, "\n") {
+			return strings.TrimSuffix(l, "\n"), true
+		}
+	}
+	return "", false
 }
 
 // changed returns a channel that is closed by the next write.
@@ -219,5 +210,5 @@ func eventually(t *testing.T, within time.Duration, what string, ok func() bool)
 // exists says whether a file is there.
 func exists(path string) bool {
 	_, err := os.Lstat(path)
-	return !errors.Is(err, os.ErrNotExist)
+	return err == nil
 }
