@@ -201,7 +201,9 @@ func TestHostileSourceIsRefused(t *testing.T) {
 // TestRandomReadsWritesAndCuts runs whole migrations under client I/O and cuts.
 func TestRandomReadsWritesAndCuts(t *testing.T) {
 	for seed := range uint64(20) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { cutRandomly(t, rand.New(rand.NewPCG(seed, 7))) })
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { cutRandomly(t, rand.New(rand.NewPCG(seed, 7))) })
+		})
 	}
 }
 
