@@ -27,6 +27,8 @@ const (
 	freeRequest     = 256 << 10 // a connection with nothing else under way may have this beyond the budget
 
 	readBuffer      = 64 << 10 // read from the socket at once
+	smallPayload    = 32 << 10 // below, a payload is read together with what follows
+	smallAhead      = 4 << 10  // read at once after a larger payload
 	handshakeBuffer = 1 << 10  // the same before the transmission phase
 
 	batchReplies = 16       // replies that the leader gathers before it writes

@@ -8,10 +8,13 @@ type reader struct {
 	src  io.Reader
 	buf  []byte
 	r, w int // buf[r:w] is read and not used yet
+	// ahead is how much is read at once. After a large payload the next one is
+	// probably large as well, and what is read ahead of it is copied.
+	ahead int
 }
 
 func newReader(src io.Reader, size int) *reader {
-	return &reader{src: src, buf: make([]byte, size)}
+	return &reader{src: src, buf: make([]byte, size), ahead: size}
 }
 
 // grow makes the buffer at least size bytes.
@@ -21,6 +24,7 @@ func (d *reader) grow(size int) {
 		d.w = copy(b, d.buf[d.r:d.w])
 		d.r, d.buf = 0, b
 	}
+	d.ahead = size
 }
 
 func (d *reader) buffered() int { return d.w - d.r }
@@ -34,7 +38,7 @@ func (d *reader) fill(n int) error {
 		d.r = 0
 	}
 	for d.w-d.r < n {
-		m, err := d.src.Read(d.buf[d.w:])
+		m, err := d.src.Read(d.buf[d.w:min(len(d.buf), d.r+max(n, d.ahead))])
 		d.w += m
 		if err != nil && d.w-d.r < n {
 			if err == io.EOF && d.w > d.r {
@@ -58,13 +62,12 @@ func (d *reader) next(n int) ([]byte, error) {
 	return b, nil
 }
 
-// read fills p.
-func (d *reader) read(p []byte) error {
+// read fills p, with a part of a payload, or all of one if it is small.
+func (d *reader) read(p []byte, small bool) error {
 	n := copy(p, d.buf[d.r:d.w])
 	d.r += n
 	for n < len(p) {
-		// The end of a payload is read together with what follows it.
-		if len(p)-n < len(d.buf)/2 {
+		if small { // together with what follows it
 			if err := d.fill(len(p) - n); err != nil {
 				return noEOF(err)
 			}

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
-	"sync"
 )
 
 // request is a request from its header to its reply. It belongs to the worker
@@ -51,10 +50,8 @@ type extent struct {
 	flags  uint32
 }
 
-var requestPool sync.Pool
-
 func newRequest(c *conn) *request {
-	r, is := requestPool.Get().(*request)
+	r, is := c.s.requests.Get().(*request)
 	if !is {
 		r = new(request)
 		r.wait.r = r
@@ -79,8 +76,9 @@ func (r *request) free() {
 	if r.spent {
 		return
 	}
+	pool := &r.c.s.requests
 	r.word, r.err, r.written, r.filter, r.one, r.c = 0, ok, 0, nil, false, nil
-	requestPool.Put(r)
+	pool.Put(r)
 }
 
 // dropData frees the segments and what was charged for them.
@@ -243,6 +241,11 @@ func (r *request) skip(n int64) error {
 // receiveWrite reads the payload of a WRITE. Memory follows the bytes: each
 // segment is about as large as all that came before.
 func (r *request) receiveWrite(left int) error {
+	in, small := r.c.in, left < smallPayload
+	in.ahead = len(in.buf)
+	if !small {
+		in.ahead = smallAhead
+	}
 	for got := 0; left > 0; {
 		n := min(left, max(firstSegment, min(got, lastSegment)))
 		size := int64(bufferSize(n))
@@ -250,7 +253,7 @@ func (r *request) receiveWrite(left int) error {
 			// Memory is short, so write what is here before asking for more: a
 			// request that waits for memory must hold none.
 			if r.spill(); r.err != ok {
-				return r.c.in.skip(int64(left))
+				return in.skip(int64(left))
 			}
 			if err := r.charge(size); err != nil {
 				return err
@@ -258,7 +261,7 @@ func (r *request) receiveWrite(left int) error {
 		}
 		b := newBuffer(n)
 		r.segments = append(r.segments, segment{b, n})
-		if err := r.c.in.read(b.b[:n]); err != nil {
+		if err := in.read(b.b[:n], small); err != nil {
 			return err
 		}
 		got += n

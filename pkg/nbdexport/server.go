@@ -56,6 +56,8 @@ type Server struct {
 	budget  budget // of requests that run, and replies not sent yet
 	waiting budget // of requests that wait for data
 
+	requests sync.Pool // of *request
+
 	done chan struct{} // closed by Shutdown and Close: nothing new begins
 	wg   sync.WaitGroup
 
