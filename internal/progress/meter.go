@@ -88,6 +88,8 @@ func describe(r Row, m *meter) string {
 		s += "not connected"
 	case r.Done >= r.Size:
 		s += "finishing"
+	case m.seen < time.Second:
+		s += "starting"
 	case !ok:
 		s += "stalled"
 	default:

@@ -25,14 +25,15 @@ const (
 	idleLogInterval = time.Minute
 )
 
-// IsTerminal says whether what is written to w is seen on a terminal.
+// IsTerminal says whether what is written to w is seen on a terminal that has
+// room for a bar.
 func IsTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
 	if !ok {
 		return false
 	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	return err == nil && size.Row > 0 && size.Col > 0
 }
 
 // Display shows rows on one output, bars or lines.

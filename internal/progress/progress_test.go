@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // TestNeverHundredPercentBeforeComplete is trap M11.
@@ -60,12 +61,13 @@ func TestRateFollowsWhatHappens(t *testing.T) {
 }
 
 func TestDescribeIsHonest(t *testing.T) {
-	moving, still := &meter{done: 1 << 20, rate: 1 << 20}, &meter{}
+	moving, still := &meter{done: 1 << 20, rate: 1 << 20, seen: time.Minute}, &meter{seen: time.Minute}
 	for want, s := range map[string]string{
 		"1.00 MiB of 61.0 MiB  1.00 MiB/s  ETA 1:00": describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, moving),
 		"1.00 MiB of 61.0 MiB  not connected":        describe(Row{Size: 61 << 20, Done: 1 << 20}, moving),
 		"1.00 MiB of 61.0 MiB  stalled":              describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, still),
 		"61.0 MiB of 61.0 MiB  finishing":            describe(Row{Size: 61 << 20, Done: 61 << 20, Connected: true}, still),
+		"1.00 MiB of 61.0 MiB  starting":             describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, &meter{}),
 		"61.0 MiB  complete":                         describe(Row{Size: 61 << 20, Done: 61 << 20, Complete: true}, still),
 		"0 B of 61.0 MiB  not connected  waiting reads: 2 (since 1:01:01)": describe(
 			Row{Size: 61 << 20, Waiting: 2, OldestWait: time.Hour + time.Minute + time.Second}, still),
@@ -189,6 +191,8 @@ func TestIsTerminal(t *testing.T) {
 	require.False(t, IsTerminal(f))
 	if pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0); err == nil {
 		defer pty.Close()
+		require.False(t, IsTerminal(pty), "a terminal without a size has no room")
+		require.NoError(t, unix.IoctlSetWinsize(int(pty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 80}))
 		require.True(t, IsTerminal(pty))
 	}
 }
