@@ -37,6 +37,9 @@ type claim struct {
 func (s *stage) claims() []claim {
 	r := &s.result
 	whole := s.copyTime()
+	// In the order of the disk a read would wait for half the copy. On a short
+	// copy a busy machine's hiccups weigh more, and prove nothing.
+	soon := max(whole/20, 500*time.Millisecond)
 	return []claim{
 		{
 			"usable at once",
@@ -45,7 +48,7 @@ func (s *stage) claims() []claim {
 		}, {
 			"the first reads need no copy",
 			fmt.Sprintf("%s, instead of %s for a copy", r.first, short(whole)),
-			len(r.first) == firstReads && r.first.quantile(0.5) < whole/20,
+			len(r.first) == firstReads && r.first.quantile(0.5) < soon,
 		}, {
 			"a write never waits for the network",
 			fmt.Sprintf("%d of %d answered while the link carried %d bytes: %s", len(r.silent), silentWrites, r.carried, r.silent),
@@ -53,7 +56,7 @@ func (s *stage) claims() []claim {
 		}, {
 			"a waiting read overtakes the stream",
 			fmt.Sprintf("%d reads with the link %.0f %% full: %s", len(r.reads), 100*r.linkUse, r.reads),
-			len(r.reads) > 0 && r.reads.quantile(0.99) < whole/20,
+			len(r.reads) > 0 && r.reads.quantile(0.99) < soon,
 		}, {
 			"writes meanwhile",
 			fmt.Sprintf("%d: %s", len(r.writes), r.writes),

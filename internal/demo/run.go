@@ -303,7 +303,7 @@ func (s *stage) carryOn(ctx context.Context, p *parts, w *workload) error {
 		return err
 	}
 	_, from := p.link.Bytes()
-	s.result.linkUse = float64(from-before) / time.Since(s.result.resumed).Seconds() / float64(s.Rate)
+	s.result.linkUse = min(1, float64(from-before)/time.Since(s.result.resumed).Seconds()/float64(s.Rate))
 	select {
 	case <-p.moved:
 	case <-ctx.Done():
