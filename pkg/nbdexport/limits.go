@@ -42,7 +42,7 @@ const (
 	holeSize      = 4 << 10 // smallest run of zeroes that a READ leaves out
 	maxReadChunks = 64      // of one READ
 
-	bigRequest = 128 << 10 // from here on a request is worth a goroutine of its own
+	bigRequest = 4 << 20 // from here on a request always has a worker of its own
 
 	stuckAfter = time.Millisecond // a request that the leader runs for longer is left to its goroutine
 
