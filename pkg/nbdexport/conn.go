@@ -88,6 +88,9 @@ func (c *conn) serve() {
 	if f := c.s.o.OnConnect; f != nil {
 		f(c.e.Name)
 	}
+	if c.stopped() { // the end of the handshake has lifted the deadlines that stop set
+		c.stop()
+	}
 	c.in.grow(readBuffer)
 	c.watch = time.AfterFunc(time.Hour, c.tick)
 	c.watch.Stop()
@@ -95,7 +98,13 @@ func (c *conn) serve() {
 	c.wg.Wait()
 	c.watch.Stop()
 	c.flush() // the last replies; a client that has gone does not get them
-	c.finish()
+	if c.nc != c.raw && !c.dead.Load() {
+		c.nc.Close() // TLS says goodbye; whether that arrives changes nothing
+	}
+	left := c.finish()
+	if f := c.s.o.OnDisconnect; f != nil {
+		f(c.e.Name, left)
+	}
 }
 
 // abandon is for a connection that never came to serve.
@@ -104,18 +113,17 @@ func (c *conn) abandon() {
 	c.finish()
 }
 
-func (c *conn) finish() {
+// finish leaves the export; left is how many clients it has then.
+func (c *conn) finish() (left int) {
 	c.kill(io.EOF)
 	c.dropQueue()
-	left := c.e.detach(c)
+	left = c.e.detach(c)
 	close(c.drained)
 	c.mu.Lock()
 	cause := c.cause
 	c.mu.Unlock()
 	c.s.log.Debug("client left", "export", c.e.Name, "from", c.raw.RemoteAddr(), "why", cause)
-	if f := c.s.o.OnDisconnect; f != nil {
-		f(c.e.Name, left)
-	}
+	return left
 }
 
 // workLoop is the life of a worker, which begins as the leader.
@@ -198,124 +206,6 @@ func (c *conn) tick() {
 	}
 	c.watched = word
 	c.watch.Reset(stuckAfter)
-}
-
-// lead reads requests and runs them. It returns true when another worker leads
-// and what this one had to do is done, false when there are no more requests.
-func (c *conn) lead() bool {
-	size := requestLen
-	if c.mode == modeExtended {
-		size = extendedRequestLen
-	}
-	for {
-		if !c.hasRoom() {
-			if !c.flushLeading() {
-				return true
-			}
-			if !c.waitRoom() {
-				return c.stopReading(errHungUp)
-			}
-		}
-		if c.in.buffered() < size {
-			if !c.flushLeading() {
-				return true
-			}
-			if err := c.in.fill(size); err != nil {
-				return c.stopReading(err)
-			}
-		}
-		r := newRequest(c)
-		if err := r.parse(c.in.buf[c.in.r : c.in.r+size]); err != nil {
-			r.free()
-			return c.stopReading(err)
-		}
-		if int64(c.in.buffered()-size) < r.payloadLen() && !c.flushLeading() {
-			r.free()
-			return true // the next leader parses it again
-		}
-		c.in.r += size
-		if r.typ == cmdDisc {
-			r.free()
-			return c.stopReading(nil)
-		}
-		if err := r.receive(); err != nil {
-			r.free()
-			return c.stopReading(err)
-		}
-		if c.worthWorker(r) {
-			c.promote()
-			c.run(r)
-			c.flush()
-			c.retire()
-			return true
-		}
-		began := time.Now()
-		word := c.begin()
-		r.word = word
-		c.run(r) // r is gone
-		took := time.Since(began)
-		if c.batchFull() {
-			c.flush()
-		}
-		if !c.end(word) {
-			c.flush()
-			c.retire()
-			return true
-		}
-		c.pace.ran(took)
-	}
-}
-
-// flushLeading writes the replies gathered. A client that does not take them
-// must not keep requests from being read, so another may lead after it: then
-// it returns false.
-func (c *conn) flushLeading() bool {
-	c.mu.Lock()
-	nothing := len(c.queue) == 0 || c.writing
-	c.mu.Unlock()
-	if nothing {
-		return true
-	}
-	word := c.begin()
-	c.flush()
-	if !c.end(word) {
-		c.retire()
-		return false
-	}
-	return true
-}
-
-// worthWorker says whether a request is to be run while others are read.
-func (c *conn) worthWorker(r *request) bool {
-	if r.err != ok {
-		return false
-	}
-	if r.typ != cmdRead && r.typ != cmdWrite || r.length >= bigRequest || r.flags&cmdFlagFUA != 0 && r.typ == cmdWrite {
-		return true
-	}
-	return c.pace.next(c.finished.Load(), c.stuck.Load() && c.stuck.Swap(false))
-}
-
-// hasRoom says that another request may be read.
-func (c *conn) hasRoom() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.hasRoomLocked()
-}
-
-func (c *conn) hasRoomLocked() bool {
-	return c.active-len(c.waiters) < maxActive && len(c.waiters) < maxWaiting &&
-		c.waitingBytes < maxWaitingBytes && c.queued < maxQueued
-}
-
-// waitRoom waits for room. It says no when there are no more requests to come.
-func (c *conn) waitRoom() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for !c.ended && !c.hasRoomLocked() {
-		c.room.Wait()
-	}
-	return !c.ended
 }
 
 // stopReading is the end of the last leader: the client said goodbye (nil), or

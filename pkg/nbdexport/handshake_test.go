@@ -510,3 +510,22 @@ func TestShortMemoryHoldsUpButDoesNotStop(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// A client that attaches while the export ends is sent away too.
+func TestAttachingWhileTheExportEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewServer(Options{})
+		require.NoError(t, s.AddExport(Export{Name: "disk", Backend: newMemory(mib)}))
+		c := pipeClient(t, s)
+		c.recv(18)
+		c.send(uint32(0), magicOption, uint32(optGo), uint32(len(infoData("disk"))), infoData("disk"))
+		synctest.Wait() // attached; its reply is not taken yet
+		removed := make(chan error, 1)
+		go func() { removed <- s.RemoveExport("disk") }()
+		synctest.Wait()
+		c.replies(optGo)
+		c.wantEnd()
+		require.NoError(t, <-removed)
+		require.NoError(t, s.Close())
+	})
+}
