@@ -81,6 +81,27 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 	})
 }
 
+// TestDemandDoesNotWaitForTheRate holds the background to next to nothing: a
+// read waits neither for the rate nor for a run that the rate holds back.
+func TestDemandDoesNotWaitForTheRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, want := testDisk(t, 8<<20, 2)
+		src := newSource(t, SourceOptions{Rate: 10 << 10}, SourceDisk{"disk", store})
+		m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
+		dev := <-m.dst.ready
+		buf := make([]byte, 1000)
+		for off := int64(0); off+1000 < 8<<20; off += 50_000 {
+			begin := time.Now()
+			_, err := dev.ReadAt(buf, off)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(want[off:off+1000], buf))
+			require.Less(t, time.Since(begin), time.Millisecond, "at %d", off)
+		}
+		require.Equal(t, []error{nil, nil}, m.end())
+		require.NoError(t, m.dst.Close())
+	})
+}
+
 // flaky fails each operation for which fail says so.
 type flaky struct {
 	*sources.MemoryStorage

@@ -11,9 +11,9 @@ const (
 	// maxAsks bounds the queue of asked-for ranges. More are not forgotten:
 	// they are found again in the bitmap.
 	maxAsks = 4096
-	// urgentBytes is the longest ask that overtakes everything. A longer one
-	// (a prefetch, a very large read) goes before the background, but would
-	// keep the short ones waiting, so it is a hint.
+	// urgentBytes is how much of an ask overtakes everything. What is beyond it
+	// (of a prefetch, a very large read) goes before the background, but would
+	// keep the short asks waiting, so it is a hint.
 	urgentBytes = 1 << 20
 	// A block that could not be read or was refused is tried maxAttempts
 	// times, after a pause that doubles from firstRetry.
@@ -29,7 +29,7 @@ const (
 type order struct {
 	geo geometry
 
-	bulkWake   chan struct{} // capacity 1: there may be something for nextBulk
+	bulkWake   chan struct{} // capacity 1: there may be something for peekBulk
 	urgentWake chan struct{} // capacity 1: the same for nextUrgent
 	settledC   chan struct{} // capacity 1: everything may be settled
 
@@ -78,9 +78,9 @@ func (o *order) ask(off, length int64) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if s.len() > max(1, urgentBytes/o.geo.blockSize) {
-		o.hintLocked(s)
-		return
+	if most := max(1, urgentBytes/o.geo.blockSize); s.len() > most {
+		o.hintLocked(span{s.from + most, s.to})
+		s.to = s.from + most
 	}
 	fresh := false
 	for b := s.from; b < s.to; b++ {
@@ -194,8 +194,9 @@ func (o *order) nextAskedLocked(from, to int64) int64 {
 	return -1
 }
 
-// peekBulk returns the block with which nextBulk would begin.
-func (o *order) peekBulk() (block int64, ok bool) {
+// peekBulk returns the block that the background should send next, and whether
+// it is a hint, which somebody waits for.
+func (o *order) peekBulk() (block int64, hint, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
@@ -205,19 +206,19 @@ func (o *order) peekBulk() (block int64, ok bool) {
 		}
 		if b := o.pending.next(s.from); b >= 0 && b < s.to {
 			o.hints.setFront(span{b, s.to})
-			return b, true
+			return b, true, true
 		}
 		o.hints.pop()
 	}
 	if o.left == 0 {
-		return 0, false
+		return 0, false, false
 	}
 	b := o.pending.next(o.cursor)
 	if b < 0 {
 		b = o.pending.next(0)
 	}
 	o.cursor = b
-	return b, true
+	return b, false, true
 }
 
 // takeBulk takes the run of pending blocks that begins at from, at most limit

@@ -22,7 +22,7 @@ func (o *order) takeNext(limit int64) (s span, urgent, ok bool) {
 	if s, ok := o.nextUrgent(limit); ok {
 		return s, true, true
 	}
-	from, ok := o.peekBulk()
+	from, _, ok := o.peekBulk()
 	if !ok {
 		return span{}, false, false
 	}
@@ -44,12 +44,14 @@ func TestOrderIsAsksThenHintsThenTheRest(t *testing.T) {
 	o := testOrder(t, 1024)
 	first, _, _ := o.takeNext(4)
 	require.Equal(t, span{0, 4}, first)
-	o.ask(700*4096, 300*4096) // longer than urgentBytes: a hint
+	o.ask(300*4096, 700*4096) // longer than urgentBytes: the rest is a hint
 	o.ask(100*4096+5, 1)
 	o.ask(50*4096, 2*4096)
 	o.ask(100*4096, 3*4096) // 100 is asked for already
-	require.Equal(t, []span{{100, 101}, {50, 52}, {101, 103}, {700, 704}, {704, 708}},
-		takeAll(o, 4)[:5])
+	got := takeAll(o, 64)
+	require.Equal(t, []span{{300, 364}, {364, 428}, {428, 492}, {492, 556}, {100, 101}, {50, 52}, {101, 103}}, got[:7])
+	require.Equal(t, []span{{556, 620}, {620, 684}}, got[7:9])
+	require.Equal(t, span{4, 50}, got[14])
 }
 
 func TestAskForWhatFliesOrMakesNoSenseIsIgnored(t *testing.T) {

@@ -54,6 +54,7 @@ type pump struct {
 	demandSlots chan struct{} // capacity demandPackets; one taken for each demand packet in flight
 	flights     sync.Pool     // of *flight
 	greeted     func()        // called for every answer
+	paidAt      time.Time     // when the rate allows the next packet; bulkLoop's
 
 	failOnce sync.Once
 	failed   chan struct{} // closed after err is set
@@ -106,12 +107,18 @@ func (p *pump) bulkLoop(ctx context.Context) error {
 	r := p.newReader()
 	for {
 		delayed := p.order.release(time.Now())
-		from, ok := p.order.peekBulk()
+		from, hint, ok := p.order.peekBulk()
 		if !ok {
 			if err := p.waitBulk(ctx, delayed); err != nil {
 				return err
 			}
 			continue
+		}
+		if !hint && time.Now().Before(p.paidAt) {
+			if err := p.waitRate(ctx); err != nil {
+				return err
+			}
+			continue // a hint may have come
 		}
 		if err := p.sendBulk(ctx, r, from); err != nil {
 			return err
@@ -128,6 +135,11 @@ func (p *pump) waitBulk(ctx context.Context, delayed time.Duration) error {
 		defer t.Stop()
 		due = t.C
 	}
+	return p.waitFor(ctx, due)
+}
+
+// waitFor waits for the order to wake the background, or for due.
+func (p *pump) waitFor(ctx context.Context, due <-chan time.Time) error {
 	select {
 	case <-p.order.bulkWake:
 		return nil
@@ -141,31 +153,58 @@ func (p *pump) waitBulk(ctx context.Context, delayed time.Duration) error {
 }
 
 // sendBulk sends the run that begins at block from: a hole as one zero run,
-// data as one packet for each stretch of it.
+// data as one packet for each stretch of it. It waits for the window before it
+// takes the run: until then demand may have any block of it.
 func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
-	limit, hole, err := r.run(from, min(p.runBytes.Load(), p.window.packet()))
+	limit, hole, err := r.run(from, p.packet())
 	if err != nil {
 		return p.fail(err)
 	}
+	cost := limit * p.order.geo.blockSize
 	if hole {
-		return p.sendHole(ctx, from, limit)
+		cost = zeroCost
+		if p.runBytes.Load() == p.order.geo.blockSize {
+			limit = 1 // a plain peer takes one block
+		}
+	}
+	if err := p.window.await(ctx, cost); err != nil {
+		return err
 	}
 	s, ok := p.order.takeBulk(from, limit)
 	if !ok {
 		return nil // demand was faster
 	}
+	if hole {
+		return p.sendZeroes(ctx, s, protocol.PriorityBulk)
+	}
 	return p.sendData(ctx, r, s, protocol.PriorityBulk)
 }
 
-func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
-	if p.runBytes.Load() == p.order.geo.blockSize {
-		limit = 1 // a plain peer takes one block
+// packet is the most that one packet of the background should hold, in bytes.
+func (p *pump) packet() int64 {
+	n := min(p.runBytes.Load(), p.window.packet())
+	if p.limiter != nil {
+		n = min(n, int64(p.limiter.Burst()))
 	}
-	s, ok := p.order.takeBulk(from, limit)
-	if !ok {
-		return nil
+	return n
+}
+
+// waitRate waits until what the background has sent fits the rate, or a hint
+// may have come.
+func (p *pump) waitRate(ctx context.Context) error {
+	t := time.NewTimer(time.Until(p.paidAt))
+	defer t.Stop()
+	return p.waitFor(ctx, t.C)
+}
+
+// owe adds n bytes, at most the burst, to what is to be paid before the next
+// packet.
+func (p *pump) owe(n int64) {
+	if p.limiter == nil || n == 0 {
+		return
 	}
-	return p.sendZeroes(ctx, s, protocol.PriorityBulk)
+	now := time.Now()
+	p.paidAt = now.Add(p.limiter.ReserveN(now, int(n)).DelayFrom(now))
 }
 
 // demandLoop sends what is asked for until ctx is done or the disk fails.
@@ -232,28 +271,23 @@ func (p *pump) sendZeroes(ctx context.Context, s span, pri protocol.Priority) er
 	return f.sent(p.to.StartZero(pri, off, length, f))
 }
 
-// takeOff waits for leave to send n bytes: of the rate and the window for the
-// background, of a bound on packets for demand, which never waits for the
-// background.
+// takeOff counts a packet of n bytes as sent. Demand waits here for a bound on
+// its packets, and never for the background, which has waited for the window and
+// the rate before it took the blocks.
 func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priority) (*flight, error) {
 	f := p.flights.Get().(*flight)
 	f.span, f.demand = s, pri == protocol.PriorityUrgent
-	if f.demand {
-		select {
-		case p.demandSlots <- struct{}{}:
-			return f, nil
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+	if !f.demand {
+		p.owe(n)
+		f.mark = p.window.begin(n)
+		return f, nil
 	}
-	if p.limiter != nil && n > 0 {
-		if err := p.limiter.WaitN(ctx, int(n)); err != nil {
-			return nil, err
-		}
+	select {
+	case p.demandSlots <- struct{}{}:
+		return f, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
-	var err error
-	f.mark, err = p.window.acquire(ctx, n)
-	return f, err
 }
 
 // retry puts s back, to be tried again later; its error is the disk's when it

@@ -87,9 +87,15 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 		s.disks = append(s.disks, &sourceDisk{SourceDisk: d, geo: geo, order: newOrder(geo)})
 	}
 	if opts.Rate > 0 {
-		s.limit = rate.NewLimiter(rate.Limit(opts.Rate), int(max(maxPacket, opts.BlockSize)))
+		s.limit = rate.NewLimiter(rate.Limit(opts.Rate), int(burst(opts)))
 	}
 	return s, nil
+}
+
+// burst is what the background may send at once, in bytes: what the rate allows
+// in a twentieth of a second, and at least a block.
+func burst(opts SourceOptions) int64 {
+	return max(opts.BlockSize, min(maxPacket, opts.Rate/20))
 }
 
 // Run moves the disks over one connection after another, until the
@@ -148,8 +154,11 @@ func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, er
 	})
 	err := group.Wait()
 	var fatal *FatalError
-	if moveErr == nil || errors.As(moveErr, &fatal) {
+	switch {
+	case errors.As(moveErr, &fatal):
 		err = moveErr
+	case s.complete(): // however the connection ended
+		err = nil
 	}
 	return hello.said(), err
 }
@@ -228,6 +237,16 @@ func (d *sourceDisk) finish(ctx context.Context, o *order, to *protocol.ToProtoc
 		_ = to.RemoveDev()
 	}
 	return errMoved
+}
+
+// complete says whether every disk is.
+func (s *Source) complete() bool {
+	for _, d := range s.disks {
+		if !d.isComplete() {
+			return false
+		}
+	}
+	return true
 }
 
 func (d *sourceDisk) info() *protocol.DevInfo {

@@ -61,23 +61,30 @@ func newWindow(blockSize int64, maxPackets int) *window {
 	return &window{blockSize: blockSize, maxPackets: maxPackets, wake: make(chan struct{}, 1)}
 }
 
-// acquire waits until n bytes may be sent, and counts them as sent now.
-func (w *window) acquire(ctx context.Context, n int64) (flightMark, error) {
-	for {
-		w.mu.Lock()
-		if w.roomLocked(n) {
-			m := w.sendLocked(n, time.Now())
-			w.mu.Unlock()
-			notify(w.wake)
-			return m, nil
-		}
-		w.mu.Unlock()
+// await waits until n bytes may be sent.
+func (w *window) await(ctx context.Context, n int64) error {
+	for !w.room(n) {
 		select {
 		case <-w.wake:
 		case <-ctx.Done():
-			return flightMark{}, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
+	notify(w.wake) // there may be room for another disk's packet
+	return nil
+}
+
+func (w *window) room(n int64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.roomLocked(n)
+}
+
+// begin counts n bytes as sent now, whether there is room for them or not.
+func (w *window) begin(n int64) flightMark {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.sendLocked(n, time.Now())
 }
 
 // roomLocked says whether n more bytes may fly. One packet always may.

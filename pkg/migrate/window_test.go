@@ -38,10 +38,10 @@ func runWindow(t *testing.T, p *path, d time.Duration) (moved int64, queued time
 	var answered atomic.Int64
 	for {
 		n := w.packet()
-		m, err := w.acquire(ctx, n)
-		if err != nil {
+		if w.await(ctx, n) != nil {
 			break
 		}
+		m := w.begin(n)
 		back := p.send(n)
 		if time.Since(begin) > d/2 {
 			queued = max(queued, back-p.rtt)
@@ -91,10 +91,10 @@ func TestWindowFollowsThePath(t *testing.T) {
 				p.rtt = 20 * time.Millisecond // the route has changed
 			}
 			n := w.packet()
-			m, err := w.acquire(ctx, n)
-			if err != nil {
+			if w.await(ctx, n) != nil {
 				break
 			}
+			m := w.begin(n)
 			if time.Since(begin) > 50*time.Second {
 				late += n
 			}
@@ -109,14 +109,12 @@ func TestWindowFollowsThePath(t *testing.T) {
 
 func TestOnePacketMayAlwaysFly(t *testing.T) {
 	w := newWindow(1<<20, 1)
-	m, err := w.acquire(t.Context(), 32<<20)
-	require.NoError(t, err)
+	require.NoError(t, w.await(t.Context(), 32<<20))
+	m := w.begin(32 << 20)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = w.acquire(ctx, 1)
-	require.ErrorIs(t, err, context.Canceled)
+	require.ErrorIs(t, w.await(ctx, 1), context.Canceled)
 	w.release(m, false)
-	_, err = w.acquire(t.Context(), 1)
-	require.NoError(t, err)
+	require.NoError(t, w.await(t.Context(), 1))
 	require.Zero(t, w.stats().minRTT, "a refused packet measures nothing")
 }
