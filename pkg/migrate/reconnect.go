@@ -62,16 +62,32 @@ func (s *sessions) run(ctx context.Context) error {
 			known = true
 			retry.reset()
 		}
-		if err := retry.wait(ctx, err); err != nil {
+		if err := s.pause(ctx, retry, err); err != nil {
 			return err
 		}
 	}
 }
 
+// connectError says that there was no connection at all.
+type connectError struct{ error }
+
+func (e *connectError) Unwrap() error { return e.error }
+
+// pause waits before the next try. Who listens need not: the next try is to
+// accept, unless that is what failed.
+func (s *sessions) pause(ctx context.Context, retry *backoff, err error) error {
+	var none *connectError
+	if s.listening && !errors.As(err, &none) {
+		s.log.Warn("the connection has ended; waiting for the next", "cause", err)
+		return nil
+	}
+	return retry.wait(ctx, err)
+}
+
 func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
 	conn, err := s.connect(ctx)
 	if err != nil {
-		return false, err
+		return false, &connectError{err}
 	}
 	return s.session(ctx, conn)
 }

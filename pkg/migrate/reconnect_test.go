@@ -55,7 +55,7 @@ func TestReconnectingGoesOnAndSaysSo(t *testing.T) {
 
 func TestStrangerDoesNotEndAListener(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := 0
+		n, begin := 0, time.Now()
 		loop := sessions{
 			listening: true, log: logger(nil),
 			connect: func(context.Context) (io.ReadWriteCloser, error) { return nil, nil },
@@ -67,6 +67,7 @@ func TestStrangerDoesNotEndAListener(t *testing.T) {
 			},
 		}
 		require.NoError(t, loop.run(t.Context()))
+		require.Zero(t, time.Since(begin), "and does not keep the next caller waiting")
 		loop.connect = func(context.Context) (io.ReadWriteCloser, error) { return nil, net.ErrClosed }
 		require.ErrorIs(t, loop.run(t.Context()), net.ErrClosed, "a listener that is closed does not come back")
 	})
