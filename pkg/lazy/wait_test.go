@@ -330,7 +330,7 @@ func TestReaderSharesWhatWasAskedAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, _ := newTestDevice(t, 64*testBlock, Options{BlockSize: testBlock})
 		src := &asks{}
-		s := d.Attach(src)
+		d.Attach(src)
 		a := run(func() { mustRead(t, d, 0, filled(1, testBlock)) })
 		synctest.Wait()
 		b := run(func() { mustRead(t, d, testBlock, filled(1, testBlock)) })
@@ -350,7 +350,7 @@ func TestReaderSharesWhatWasAskedAhead(t *testing.T) {
 		}
 		// A new session is asked for what somebody waits for, and no more.
 		src = &asks{}
-		s = d.Attach(src)
+		s := d.Attach(src)
 		synctest.Wait()
 		if want := [][2]int64{{0, 2 * testBlock}, {3 * testBlock, testBlock}}; !slices.Equal(src.needed(), want) {
 			t.Errorf("asked the next session for %v, want %v", src.needed(), want)

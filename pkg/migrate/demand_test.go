@@ -206,7 +206,7 @@ func TestHostileSourceIsRefused(t *testing.T) {
 			peer := newRawPeer(a)
 			var wg sync.WaitGroup
 			wg.Go(func() {
-				_, _ = io.WriteString(a, string(frame(t, 1, 1, c.size, c.bs))) // it may be cut short
+				_, _ = a.Write(frame(t, 1, 1, c.size, c.bs)) // it may be cut short
 				_, _, _ = peer.read()                                          // until the connection ends
 			})
 			dst := newDestination(t, DestinationOptions{}, memory)

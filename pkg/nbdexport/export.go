@@ -49,13 +49,7 @@ func newExport(e Export) (*export, error) {
 	return &export{Export: e, store: s, conns: make(map[*conn]struct{})}, nil
 }
 
-// full says that no further client may attach.
-func (e *export) full() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.fullLocked()
-}
-
+// fullLocked says that no further client may attach.
 func (e *export) fullLocked() bool {
 	if e.MaxConnections == 0 {
 		return false
