@@ -207,7 +207,7 @@ func TestHostileSourceIsRefused(t *testing.T) {
 			var wg sync.WaitGroup
 			wg.Go(func() {
 				_, _ = a.Write(frame(t, 1, 1, c.size, c.bs)) // it may be cut short
-				_, _, _ = peer.read()                                          // until the connection ends
+				_, _, _ = peer.read()                        // until the connection ends
 			})
 			dst := newDestination(t, DestinationOptions{}, memory)
 			err := dst.Run(t.Context(), once(b))

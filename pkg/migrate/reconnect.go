@@ -94,10 +94,13 @@ func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
 
 // strange says more of a connection that ended before the other side had spoken.
 func strange(err error) error {
-	if errors.Is(err, io.EOF) {
+	switch {
+	case errors.As(err, new(*connectError)), errors.Is(err, errSilent):
+		return err
+	case errors.Is(err, io.EOF):
 		return fmt.Errorf("the other side closed the connection before it said anything; its log says why: %w", err)
 	}
-	return err
+	return fmt.Errorf("the other side is not the other end of a migration, or the connection broke: %w", err)
 }
 
 // backoff waits longer and longer between tries, and says so now and then.
