@@ -32,7 +32,13 @@ type Options struct {
 	// was written here is never lost by it. It costs a claim a write and a
 	// second look a read.
 	Revocable bool
-	// Log is told of reads that wait. Nil means slog.Default().
+	// Map remembers on disk what is here, for the next start. Nil keeps it in
+	// memory only. A map that was live or complete makes the device so, whatever
+	// Standby says; its block size is the default. It stays the caller's to
+	// close, after the device.
+	Map *Map
+	// Log is told of reads that wait, and of a disk or map that fails. Nil means
+	// slog.Default().
 	Log *slog.Logger
 }
 
@@ -54,13 +60,16 @@ type Device struct {
 	claims claims
 	waits  waits
 	flush  *flusher
+	saver  saver // touched by the holder of the flusher's turn only
+	mapped bool  // there was a map in Options
 
 	isLive    atomic.Bool
-	live      chan struct{} // closed by GoLive
+	live      chan struct{} // closed by enterLive
 	knownZero atomic.Bool   // every missing sector that was not written here reads as zero
 	inval     atomic.Uint64 // counts invalidations, under the claim of their blocks
 
 	sealMu   sync.Mutex  // makes sealing, going live and taking blocks back one at a time
+	leaving  bool        // standby is about to end; guarded by sealMu
 	sealed   atomic.Bool // no block can be taken back any more; set under sealMu
 	complete atomic.Bool // Complete has succeeded
 
@@ -73,14 +82,18 @@ type Device struct {
 	attaching sync.Mutex // makes beginnings and ends of sessions one at a time; guards no state
 }
 
-// New makes a device of the size of disk, all of whose blocks are missing. The
-// disk stays the caller's to close, after the device.
+// New makes a device of the size of disk, all of whose blocks are missing, but
+// for those that its map knows to be here. The disk stays the caller's to close,
+// after the device.
 func New(disk storage.StorageProvider, o Options) (*Device, error) {
 	if o.BlockSize == 0 {
 		o.BlockSize = DefaultBlockSize
+		if o.Map != nil {
+			o.BlockSize = o.Map.Identity().BlockSize
+		}
 	}
-	if o.BlockSize < sectorSize || o.BlockSize > maxBlockSize || o.BlockSize&(o.BlockSize-1) != 0 {
-		return nil, fmt.Errorf("lazy: block size %d: want a power of two from %d to %d", o.BlockSize, sectorSize, maxBlockSize)
+	if err := checkBlockSize(o.BlockSize); err != nil {
+		return nil, fmt.Errorf("lazy: %w", err)
 	}
 	size := int64(disk.Size())
 	if size < 0 {
@@ -103,10 +116,20 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 	}
 	d.waits.init(d.state.blocks, o.BlockSize)
 	d.knownZero.Store(o.KnownZero)
+	if o.Map != nil {
+		if err := d.adopt(o.Map, o); err != nil {
+			return nil, err
+		}
+	}
 	if !o.Standby {
-		d.GoLive()
+		if err := d.GoLive(); err != nil {
+			return nil, err
+		}
 	}
 	d.loops.Go(d.watchLoop)
+	if d.mapped {
+		d.loops.Go(d.saveLoop)
+	}
 	return d, nil
 }
 
@@ -148,8 +171,30 @@ func (d *Device) Size() (int64, error) { return d.size, nil }
 func (d *Device) BlockSize() int64 { return d.blockSize }
 
 // GoLive lets client I/O in: the source has handed over and changes nothing any
-// more. It may be called again.
-func (d *Device) GoLive() {
+// more. With a map that is durable before GoLive returns, and before any client
+// gets in; an error says that it may be or not, and is final. It may be called
+// again.
+func (d *Device) GoLive() error {
+	if d.isLive.Load() {
+		return nil
+	}
+	if !d.ops.enter() {
+		return ErrClosed
+	}
+	defer d.ops.leave()
+	d.sealMu.Lock()
+	d.leaving = true // from here on no block is taken back
+	d.sealMu.Unlock()
+	if d.mapped {
+		if err := d.flush.alone(d, d.saver.goLive); err != nil {
+			return err
+		}
+	}
+	d.enterLive()
+	return nil
+}
+
+func (d *Device) enterLive() {
 	d.sealMu.Lock()
 	defer d.sealMu.Unlock()
 	if !d.isLive.Swap(true) {
@@ -162,9 +207,11 @@ func (d *Device) Live() <-chan struct{} { return d.live }
 
 // Complete ends the migration of this device: it makes sure that every block is
 // here, flushes the disk, and from then on client I/O goes straight to the disk
-// and nothing is taken from a source. It returns an *IncompleteError if blocks
-// are missing, ErrStandby before GoLive, or the error of the flush; the device
-// then goes on as before. It may be called again.
+// and nothing is taken from a source. When it returns nil, all is on stable
+// storage, the map says so and has shrunk to its header: the source may be
+// deleted. It returns an *IncompleteError if blocks are missing, ErrStandby
+// before GoLive, or the error of the flush; the device then goes on as before. It
+// may be called again.
 func (d *Device) Complete() error {
 	if !d.ops.enter() {
 		return ErrClosed
@@ -178,6 +225,11 @@ func (d *Device) Complete() error {
 	}
 	if err := d.flush.flush(context.Background(), d); err != nil {
 		return err
+	}
+	if d.mapped {
+		if err := d.flush.alone(d, d.finish); err != nil {
+			return err
+		}
 	}
 	d.complete.Store(true)
 	d.flush.mu.Lock()
@@ -202,8 +254,8 @@ func (d *Device) seal() error {
 }
 
 // Close ends the device: every waiting call returns ErrClosed, those in progress
-// end, the stream attached is dead, and the disk is flushed. It does not close
-// the disk. Calls that come later get ErrClosed; on a complete device calls in
+// end, the stream attached is dead, and the disk is flushed and its map saved. It
+// does not close them. Calls that come later get ErrClosed; on a complete device calls in
 // progress are not waited for, so end the clients first. A call of the source's
 // NeedAt or DontNeedAt is waited for, so end its connection first, too.
 func (d *Device) Close() error {

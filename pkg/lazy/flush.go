@@ -2,16 +2,17 @@ package lazy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 )
 
-// flusher makes the disk's flushes one at a time, so that one flush answers
-// everybody who asked before it began, and so that a failure is known to every
-// flush that begins after it: the kernel tells it only once.
+// flusher makes the flushes of the disk and its map one at a time, so that one
+// flush answers everybody who asked before it began, and so that a failure is
+// known to every flush that begins after it: the kernel tells it only once.
 type flusher struct {
-	turn chan struct{} // capacity 1: held by whoever flushes
+	turn chan struct{} // capacity 1: held by whoever flushes, or writes the map
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -25,7 +26,7 @@ type flusher struct {
 func newFlusher() *flusher { return &flusher{turn: make(chan struct{}, 1)} }
 
 // flush returns when every write that was answered before the call is on stable
-// storage. It does not look at whether the device is closed.
+// storage, and the map says so. It does not look at whether the device is closed.
 func (f *flusher) flush(ctx context.Context, d *Device) error {
 	f.mu.Lock()
 	need := f.begun + 1 // the next to begin covers all that was answered by now
@@ -43,22 +44,48 @@ func (f *flusher) flush(ctx context.Context, d *Device) error {
 		return f.failed
 	}
 	f.begun++
+	begun := f.begun
 	f.mu.Unlock()
 
-	err := d.disk.Flush()
+	err := d.commit()
+	var room *roomError
+	if err != nil && !errors.As(err, &room) {
+		return f.fail(d, err)
+	}
+	if err == nil {
+		f.mu.Lock()
+		f.ended = begun
+		f.mu.Unlock()
+	}
+	return err
+}
 
+// alone does something to the map while nobody flushes. If it fails, that is
+// final, too.
+func (f *flusher) alone(d *Device, do func() error) error {
+	f.turn <- struct{}{}
+	defer func() { <-f.turn }()
+	if err := f.failure(); err != nil {
+		return err
+	}
+	if err := do(); err != nil {
+		return f.fail(d, err)
+	}
+	return nil
+}
+
+// fail notes that the disk or the map failed. The kernel may have dropped what it
+// could not write, so no retry can make it good: nothing is acknowledged from
+// here on.
+func (f *flusher) fail(d *Device, err error) error {
+	err = fmt.Errorf("lazy: nothing that is written from here on can be trusted: %w", err)
+	d.log.Error("the disk or its map has failed: no later write or flush is taken; reads of what is here go on", "error", err)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if err != nil {
-		// The kernel may have dropped what it could not write, so no retry can
-		// make it good: nothing is acknowledged from here on.
-		f.failed = fmt.Errorf("lazy: the disk failed a flush, and no later write or flush can be trusted: %w", err)
-		f.broken.Store(true)
-		d.direct.Store(false)
-		return f.failed
-	}
-	f.ended = f.begun
-	return nil
+	f.failed = err
+	f.broken.Store(true)
+	d.direct.Store(false)
+	return err
 }
 
 // failure is why nothing may be acknowledged any more, or nil.

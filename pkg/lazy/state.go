@@ -1,8 +1,8 @@
 package lazy
 
 import (
+	"encoding/binary"
 	"math/bits"
-	"sync"
 	"sync/atomic"
 )
 
@@ -23,6 +23,8 @@ type state struct {
 
 	local  atomic.Int64 // blocks that are fetched or written
 	writes atomic.Int64 // blocks that are written
+
+	changes *changes // what is not yet in the map on disk; nil without a map
 }
 
 func newState(blocks int64) *state {
@@ -37,6 +39,16 @@ func newBitmap(n int64) bitmap { return make(bitmap, (n+63)/64) }
 
 func (m bitmap) get(block int64) bool {
 	return m[block>>6].Load()&(1<<(block&63)) != 0
+}
+
+// appendPage appends the bytes of the page of a map that begins with word first.
+// What lies beyond the device is zero.
+func (m bitmap) appendPage(b []byte, first int64) []byte {
+	last := min(first+pageSize/8, int64(len(m)))
+	for w := first; w < last; w++ {
+		b = binary.LittleEndian.AppendUint64(b, m[w].Load())
+	}
+	return append(b, zeroes[:pageSize-8*(last-first)]...)
 }
 
 // wordMask is the bits of word w that lie in [lo, hi).
@@ -99,6 +111,8 @@ func (s *state) nextWritten(lo, hi int64) int64 {
 
 // setFetched publishes [lo, hi) as fetched.
 func (s *state) setFetched(lo, hi int64) {
+	s.changes.begin()
+	defer s.changes.end(regionFetched, lo, hi)
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
 		old := s.fetched[w].Or(mask)
@@ -108,6 +122,8 @@ func (s *state) setFetched(lo, hi int64) {
 
 // setWritten publishes [lo, hi) as written.
 func (s *state) setWritten(lo, hi int64) {
+	s.changes.begin()
+	defer s.changes.end(regionWritten, lo, hi)
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
 		old := s.written[w].Or(mask)
@@ -116,7 +132,8 @@ func (s *state) setWritten(lo, hi int64) {
 	}
 }
 
-// clearFetched takes back that [lo, hi) was fetched. What was written stays.
+// clearFetched takes back that [lo, hi) was fetched. What was written stays. In
+// the map on disk it is cleared by saver.forget.
 func (s *state) clearFetched(lo, hi int64) {
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
@@ -156,82 +173,4 @@ func (m mask) nextSet(lo, hi int64) int64 {
 		}
 	}
 	return hi
-}
-
-// maskTable holds the masks of the blocks that are partly written. It costs
-// what is in it and nothing for the rest of the disk.
-type maskTable struct {
-	n      atomic.Int64 // masks held: with none of them, nobody takes a lock
-	shards [16]maskShard
-}
-
-type maskShard struct {
-	mu    sync.Mutex
-	masks map[int64]mask // guarded by mu; the words of a mask too
-}
-
-func (t *maskTable) shard(block int64) *maskShard {
-	return &t.shards[block%int64(len(t.shards))]
-}
-
-// get returns the block's mask, or nil. Only the holder of the block's claim may
-// look into it, since nobody else can tell when it changes.
-func (t *maskTable) get(block int64) mask {
-	if t.n.Load() == 0 {
-		return nil
-	}
-	s := t.shard(block)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.masks[block]
-}
-
-// has says whether sectors [lo, hi) of the block were all written here.
-func (t *maskTable) has(block, lo, hi int64) bool {
-	if t.n.Load() == 0 {
-		return false
-	}
-	s := t.shard(block)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	m := s.masks[block]
-	return m != nil && m.has(lo, hi)
-}
-
-// add publishes sectors [lo, hi) of the block, which has count sectors, as
-// written, and says whether all of them are now.
-func (t *maskTable) add(block, lo, hi, count int64) (full bool) {
-	s := t.shard(block)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	m := s.masks[block]
-	if m == nil {
-		m = make(mask, (count+63)/64)
-		if s.masks == nil {
-			s.masks = make(map[int64]mask)
-		}
-		s.masks[block] = m
-		t.n.Add(1)
-	}
-	for w := lo >> 6; w<<6 < hi; w++ {
-		m[w] |= wordMask(w, lo, hi)
-	}
-	return m.has(0, count)
-}
-
-// drop forgets the mask of every block in [lo, hi). The blocks are published
-// first, so that no reader finds neither.
-func (t *maskTable) drop(lo, hi int64) {
-	if t.n.Load() == 0 {
-		return
-	}
-	for block := lo; block < hi; block++ {
-		s := t.shard(block)
-		s.mu.Lock()
-		if _, ok := s.masks[block]; ok {
-			delete(s.masks, block)
-			t.n.Add(-1)
-		}
-		s.mu.Unlock()
-	}
 }

@@ -238,7 +238,8 @@ func (s *Stream) Flush() error {
 // since and sends them again. What was written here stays. Every block that
 // exists is taken back, also if another does not, which is an error. It is
 // refused with ErrLive once the device is live, unless it is Revocable, and with
-// ErrComplete once it is complete.
+// ErrComplete once it is complete. When it returns, that is durable: what comes
+// for these blocks from then on may be laid over what was there.
 func (s *Stream) DirtyList(blocks []uint32) error {
 	return s.HandleDirtyList(uint32(s.d.blockSize), blocks)
 }
@@ -254,15 +255,26 @@ func (s *Stream) HandleDirtyList(blockSize uint32, blocks []uint32) error {
 		return err
 	}
 	defer s.ops.leave()
+	var spans []span // that were taken back
+	err := d.takeBack(int64(blockSize), blocks, &spans)
+	if ferr := d.forget(spans); ferr != nil { // of those before an error, too
+		return ferr
+	}
+	return err
+}
+
+// takeBack is HandleDirtyList but for the map. It adds what it took back to
+// spans.
+func (d *Device) takeBack(blockSize int64, blocks []uint32, spans *[]span) error {
 	var bad error
 	for i := 0; i < len(blocks); {
 		n := 1 // of a run of ascending blocks
 		for i+n < len(blocks) && int64(blocks[i+n]) == int64(blocks[i])+int64(n) {
 			n++
 		}
-		off := int64(blocks[i]) * int64(blockSize)
-		end := min(off+int64(n)*int64(blockSize), d.size)
-		if last := (int64(blocks[i]) + int64(n) - 1) * int64(blockSize); last >= d.size && bad == nil {
+		off := int64(blocks[i]) * blockSize
+		end := min(off+int64(n)*blockSize, d.size)
+		if last := (int64(blocks[i]) + int64(n) - 1) * blockSize; last >= d.size && bad == nil {
 			bad = fmt.Errorf("lazy: dirty list names block %d of %d bytes, past the end of the device at %d: %w",
 				blocks[i+n-1], blockSize, d.size, storage.ErrOutOfRange)
 		}
@@ -271,6 +283,7 @@ func (s *Stream) HandleDirtyList(blockSize uint32, blocks []uint32) error {
 			if err := d.invalidate(lo, hi); err != nil {
 				return err
 			}
+			*spans = append(*spans, span{lo, hi})
 		}
 		i += n
 	}
@@ -295,7 +308,7 @@ func (d *Device) clear(lo, hi int64) error {
 	if d.sealed.Load() {
 		return ErrComplete
 	}
-	if d.isLive.Load() && !d.revocable {
+	if (d.isLive.Load() || d.leaving) && !d.revocable {
 		return ErrLive
 	}
 	d.knownZero.Store(false) // what was fetched is still on the disk

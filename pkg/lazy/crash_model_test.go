@@ -1,0 +1,481 @@
+package lazy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"log/slog"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+)
+
+var flagRounds = flag.Int("lazy.rounds", 2500, "disks of the crash test, each with several lives")
+
+// crashModel is what must be on a disk and what may be: of each sector all
+// contents it had since the last flush that covers it.
+type crashModel struct {
+	t    *testing.T
+	id   Identity
+	o    Options
+	m    *machine
+	size int64
+	bs   int64
+
+	d *Device // of the life that goes on
+
+	mu sync.Mutex
+	// Guarded by mu:
+	src     []byte
+	hist    [][][]byte // of each sector: what it was, the newest last
+	acked   []int      // of each sector: the newest that was answered
+	sure    []int      // of each sector: the newest that is durable
+	limbo   []int      // of each sector: up to this one the source's may come back; -1: none
+	busy    []bool     // a write of the sector is going on
+	asked   []int64    // blocks
+	stale   []bool     // of each block: it changed, and no dirty list has said so
+	handed  bool       // GoLive was called: the source changes nothing any more
+	wasLive bool       // GoLive has returned
+}
+
+func (m *crashModel) NeedAt(off, length int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for ; length > 0; off, length = off+m.bs, length-m.bs {
+		m.asked = append(m.asked, off/m.bs)
+	}
+}
+
+func (m *crashModel) DontNeedAt(_, _ int64) {}
+
+func (m *crashModel) sector(s int64) (off, end int64) {
+	return s * sectorSize, min((s+1)*sectorSize, m.size)
+}
+
+func newCrashModel(t *testing.T, r *rand.Rand) *crashModel {
+	m := &crashModel{t: t, bs: []int64{512, 1024, 4096, 8192, 64 << 10}[r.IntN(5)]}
+	m.size = m.bs*(1+r.Int64N(min(24, 1+96<<10/m.bs))) - r.Int64N(m.bs)
+	m.id = Identity{Size: m.size, BlockSize: m.bs, Device: UUID{1}, Source: UUID{2}, Generation: 3}
+	m.o = Options{Standby: r.IntN(2) == 0, KnownZero: r.IntN(2) == 0, Log: slog.New(slog.DiscardHandler)}
+	m.o.Revocable = !m.o.Standby && r.IntN(2) == 0
+	m.m = newMachine(m.id)
+	m.src = make([]byte, m.size)
+	blocks := blocksOf(m.size, m.bs)
+	for b := range blocks {
+		if r.IntN(3) > 0 {
+			fillRandom(r, m.src[b*m.bs:min((b+1)*m.bs, m.size)])
+		}
+	}
+	if !m.o.KnownZero {
+		fillRandom(r, m.m.disk.now)
+		copy(m.m.disk.durable, m.m.disk.now)
+	}
+	_, sectors := sectorsOf(0, m.size)
+	m.hist = make([][][]byte, sectors)
+	m.acked, m.sure, m.limbo, m.busy = make([]int, sectors), make([]int, sectors), make([]int, sectors), make([]bool, sectors)
+	m.stale = make([]bool, blocks)
+	m.settle(m.src)
+	return m
+}
+
+// settle makes now all that the sectors were ever.
+func (m *crashModel) settle(now []byte) {
+	for s := range m.hist {
+		off, end := m.sector(int64(s))
+		m.hist[s] = append(m.hist[s][:0], bytes.Clone(now[off:end]))
+		m.acked[s], m.sure[s], m.limbo[s], m.busy[s] = 0, 0, -1, false
+	}
+}
+
+// write changes [off, end) through do, unless somebody else does.
+func (m *crashModel) write(off, end int64, p []byte, do func() error) {
+	lo, hi := sectorsOf(off, end)
+	m.mu.Lock()
+	for s := lo; s < hi; s++ {
+		if m.busy[s] {
+			m.mu.Unlock()
+			return
+		}
+	}
+	for s := lo; s < hi; s++ {
+		m.busy[s] = true
+		from, to := m.sector(s)
+		b := bytes.Clone(m.hist[s][len(m.hist[s])-1])
+		if p == nil {
+			clear(b[max(from, off)-from : min(to, end)-from])
+		} else {
+			copy(b[max(from, off)-from:], p[max(from, off)-off:])
+		}
+		m.hist[s] = append(m.hist[s], b)
+	}
+	m.mu.Unlock()
+	err := do()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for s := lo; s < hi; s++ {
+		if err == nil {
+			m.acked[s] = len(m.hist[s]) - 1
+			m.busy[s] = false
+		} // else it stays busy: nobody knows what is there
+	}
+	if err != nil && !errors.Is(err, errDead) && !errors.Is(err, ErrClosed) {
+		m.t.Errorf("write %d+%d: %v", off, end-off, err)
+	}
+}
+
+// flush flushes, and believes it.
+func (m *crashModel) flush(do func() error) {
+	m.mu.Lock()
+	acked := append([]int(nil), m.acked...)
+	m.mu.Unlock()
+	if do() != nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for s := range acked {
+		m.sure[s] = max(m.sure[s], acked[s])
+	}
+}
+
+func (m *crashModel) client(r *rand.Rand, d *Device) {
+	var off, end int64
+	switch r.IntN(4) {
+	case 0:
+		off = r.Int64N(m.size) / m.bs * m.bs
+		end = off + m.bs*(1+r.Int64N(3))
+	case 1, 2:
+		off = r.Int64N(m.size) / sectorSize * sectorSize
+		end = off + sectorSize*(1+r.Int64N(max(1, m.bs/sectorSize)))
+	default:
+		off = r.Int64N(m.size)
+		end = off + 1 + r.Int64N(m.bs)
+	}
+	if m.o.Revocable { // else what a sector would be that is in limbo is hard to say
+		off = off / sectorSize * sectorSize
+		end = (end + sectorSize - 1) / sectorSize * sectorSize
+	}
+	end = min(end, m.size)
+	ctx := context.Background()
+	switch k := r.IntN(20); {
+	case k < 11:
+		p := make([]byte, end-off)
+		fillRandom(r, p)
+		m.write(off, end, p, func() error { _, err := d.WriteAt(p, off); return err })
+		if k < 3 { // FUA
+			m.flush(d.Sync)
+		}
+	case k < 13:
+		m.write(off, end, nil, func() error { return d.ZeroAtContext(ctx, off, end-off, k == 11) })
+	case k < 15:
+		off = (off + sectorSize - 1) / sectorSize * sectorSize
+		if end != m.size {
+			end = end / sectorSize * sectorSize
+		}
+		if off < end {
+			m.write(off, end, nil, func() error { return d.TrimAtContext(ctx, off, end-off) })
+		}
+	default:
+		m.flush(d.Sync)
+	}
+}
+
+func (m *crashModel) send(r *rand.Rand, s *Stream, lo, hi int64) error {
+	off, end := lo*m.bs, min(hi*m.bs, m.size)
+	m.mu.Lock()
+	p := bytes.Clone(m.src[off:end])
+	m.mu.Unlock()
+	if bytes.Equal(p, zeroes[:min(len(p), len(zeroes))]) && r.IntN(4) > 0 {
+		return s.ZeroAt(off, end-off, true)
+	}
+	_, err := s.WriteAt(p, off)
+	return err
+}
+
+// source sends, and changes what it has as long as that is its right.
+func (m *crashModel) source(r *rand.Rand, d *Device, s *Stream) {
+	blocks := int64(len(m.stale))
+	lo := r.Int64N(blocks)
+	hi := min(lo+1+r.Int64N(3), blocks)
+	switch k := r.IntN(20); {
+	case k < 6:
+		m.mu.Lock()
+		if n := len(m.asked); n > 0 {
+			lo, m.asked = m.asked[n-1], m.asked[:n-1]
+			hi = lo + 1
+		}
+		m.mu.Unlock()
+		fallthrough
+	case k < 13:
+		_ = m.send(r, s, lo, hi) // an error is the end of this life
+	case k < 16:
+		if !d.isLive.Load() {
+			m.mu.Lock()
+			for b := lo; b < hi && !m.handed; b++ {
+				m.stale[b] = true
+				fillRandom(r, m.src[b*m.bs:min((b+1)*m.bs, m.size)])
+			}
+			m.mu.Unlock()
+		}
+		if d.isLive.Load() && m.o.Revocable {
+			_ = s.DirtyList([]uint32{uint32(lo)}) // an error is the end of this life
+		} else if !d.isLive.Load() {
+			m.dirty(s)
+		}
+	case k < 17:
+		_ = s.Flush() // an error is the end of this life
+	case k < 18 && !d.isLive.Load() && r.IntN(4) == 0:
+		m.goLive(d, s)
+	default:
+		runtime.Gosched()
+	}
+}
+
+// dirty tells of all that has changed, and says whether that was taken.
+func (m *crashModel) dirty(s *Stream) bool {
+	var list []uint32
+	m.mu.Lock()
+	for b, stale := range m.stale {
+		if stale {
+			list = append(list, uint32(b))
+		}
+	}
+	m.mu.Unlock()
+	if s.DirtyList(list) != nil {
+		return false
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.stale)
+	return true
+}
+
+// goLive hands over: all that changed is known there.
+func (m *crashModel) goLive(d *Device, s *Stream) {
+	if !m.dirty(s) {
+		return
+	}
+	m.mu.Lock()
+	m.handed = true
+	m.settle(m.src) // no client is in yet
+	m.mu.Unlock()
+	if d.GoLive() == nil {
+		m.mu.Lock()
+		m.wasLive = true
+		m.mu.Unlock()
+	}
+}
+
+// live is one life: until it dies, or n operations of each client are done.
+func (m *crashModel) live(r *rand.Rand, p *process, n int) {
+	s := m.d.Attach(m)
+	var clients, rest sync.WaitGroup
+	stop := make(chan struct{})
+	for range 2 {
+		rc := rand.New(rand.NewPCG(r.Uint64(), 1))
+		clients.Go(func() {
+			select {
+			case <-m.d.Live():
+			case <-stop:
+				return
+			}
+			for range n {
+				m.client(rc, m.d)
+			}
+		})
+	}
+	rs := rand.New(rand.NewPCG(r.Uint64(), 2))
+	rest.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if i > 3*n {
+				if !m.d.isLive.Load() {
+					m.goLive(m.d, s)
+				}
+				runtime.Gosched()
+			}
+			m.source(rs, m.d, s)
+		}
+	})
+	done := make(chan struct{})
+	rest.Go(func() { clients.Wait(); close(done) })
+	select {
+	case <-p.died:
+		_ = m.d.Close() // wakes who waits; nothing can be saved any more
+	case <-done:
+	}
+	close(stop)
+	clients.Wait()
+	rest.Wait()
+	if r.IntN(2) == 0 && !p.isDead() {
+		m.flush(m.d.Close)
+	}
+	p.kill()
+	_ = m.d.Close() // it is dead
+}
+
+// recover starts the program again, and looks at what there is.
+func (m *crashModel) recover(r *rand.Rand, lost bool, endAt int) (*process, bool) {
+	p := newProcess(rand.New(rand.NewPCG(r.Uint64(), 3)), endAt)
+	d, err := m.m.start(p, m.o)
+	if err != nil {
+		if !errors.Is(err, errDead) {
+			m.t.Errorf("start: %v", err)
+		}
+		return p, false
+	}
+	m.d = d
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked = nil
+	if m.wasLive && !d.isLive.Load() {
+		m.t.Error("it was live, and is not any more")
+	}
+	disk := m.m.disk.bytes()
+	now := bytes.Clone(m.src)
+	_, sectors := sectorsOf(0, m.size)
+	for s := range sectors {
+		off, end := m.sector(s)
+		block := off / m.bs
+		here := d.state.isLocal(block)
+		mine := d.state.partial.has(block, (off-block*m.bs)/sectorSize, (off-block*m.bs)/sectorSize+1)
+		if here || mine {
+			copy(now[off:end], disk[off:end])
+		}
+		if !d.isLive.Load() {
+			if here && !m.stale[block] && !bytes.Equal(now[off:end], m.src[off:end]) {
+				m.t.Errorf("in standby block %d is claimed, but sector %d is not the source's", block, s)
+				return p, false
+			}
+			continue
+		}
+		was := m.hist[s][m.sure[s]:]
+		known := m.sure[s] <= m.limbo[s] && bytes.Equal(now[off:end], m.src[off:end])
+		for _, b := range was {
+			known = known || bytes.Equal(b, now[off:end])
+		}
+		if !known {
+			m.t.Errorf("block %d (here: %t), sector %d (ours: %t) begins with %x, which it was not since the last flush: want one of %d, the first %x; the source has %x",
+				block, here, s, mine, now[off:off+1], len(was), was[0][:1], m.src[off:off+1])
+			return p, false
+		}
+		if !lost { // what it was may come back, as what we see need not be durable
+			m.hist[s] = append(was, bytes.Clone(now[off:end]))
+			m.acked[s], m.sure[s], m.limbo[s], m.busy[s] = len(m.hist[s])-1, 0, -1, false
+		}
+	}
+	if lost && d.isLive.Load() {
+		m.settle(now)
+	}
+	for s := range sectors {
+		// A write that nobody flushed is there, and that it was written here is
+		// forgotten: if the block is taken back, the source's comes in its place.
+		off, end := m.sector(s)
+		if b := off / m.bs; d.revocable && d.state.fetched.get(b) && !bytes.Equal(now[off:end], m.src[off:end]) {
+			m.limbo[s] = m.acked[s]
+		}
+	}
+	return p, true
+}
+
+// finish completes the migration, cuts the power, and looks at the plain disk.
+func (m *crashModel) finish(r *rand.Rand) {
+	s := m.d.Attach(m)
+	if !m.d.isLive.Load() {
+		m.goLive(m.d, s)
+	}
+	for i := range 10 {
+		if i == 5 {
+			m.flush(m.d.Sync)
+		}
+		off := r.Int64N(m.size) / m.bs * m.bs
+		p := make([]byte, min(m.bs, m.size-off))
+		fillRandom(r, p)
+		m.write(off, off+int64(len(p)), p, func() error { _, err := m.d.WriteAt(p, off); return err })
+	}
+	m.d.EachMissing(func(off, length int64) bool {
+		if err := m.send(r, s, off/m.bs, blocksOf(off+length, m.bs)); err != nil {
+			m.t.Errorf("send: %v", err)
+		}
+		return true
+	})
+	m.flush(m.d.Complete)
+	m.m.losePower(r)
+	if st := m.d.Stats(); !st.Complete {
+		m.t.Errorf("not complete: %+v", st)
+		return
+	}
+	disk := m.m.disk.bytes()
+	for i, h := range m.hist {
+		off, end := m.sector(int64(i))
+		if !bytes.Equal(disk[off:end], h[len(h)-1]) {
+			m.t.Errorf("complete, but sector %d is not what it should be", i)
+			return
+		}
+	}
+	d, err := m.m.start(newProcess(r, -1), m.o)
+	if err != nil || !d.Stats().Complete || len(m.m.file.now) != headerSize {
+		m.t.Errorf("complete, and then: %v, a map of %d bytes", err, len(m.m.file.now))
+	}
+	if err == nil {
+		_ = d.Close() // looked at
+	}
+}
+
+// D1, D2, D3, D12, D13, M13: whatever the disk and the map keep of what was not
+// synced, at whatever moment the power goes or the process is killed, and however
+// often: every flushed write is there, what is said to be here is the flushed or
+// a later value, and when the rest was fetched again the disk is right.
+func TestD3PowerCutAtAnyPoint(t *testing.T) {
+	rounds := *flagRounds
+	if testing.Short() {
+		rounds = min(rounds, 200)
+	}
+	begin, lives, complete := time.Now(), 0, 0
+	n := 0
+	for ; n < rounds && !(t.Failed() || *flagRounds == 2500 && time.Since(begin) > 20*time.Second); n++ {
+		seed := *flagSeed + uint64(n)
+		r := rand.New(rand.NewPCG(seed, 11))
+		m := newCrashModel(t, r)
+		lost := true
+		for life := range 2 + r.IntN(4) {
+			lives++
+			endAt := r.IntN(120)
+			if life == 0 {
+				endAt += 3 // else it never begins
+			}
+			p, ok := m.recover(r, lost, endAt)
+			if ok {
+				m.live(r, p, 5+r.IntN(40))
+			}
+			if t.Failed() {
+				break
+			}
+			if lost = r.IntN(3) > 0; lost {
+				m.m.losePower(r)
+			}
+			m.o.KnownZero = m.o.KnownZero && r.IntN(2) == 0 // what it was told when it began may be told again
+		}
+		if t.Failed() {
+			t.Fatalf("round with -lazy.seed=%d: %d bytes in blocks of %d, %+v", seed, m.size, m.bs, m.o)
+		}
+		p, ok := m.recover(r, lost, -1)
+		if ok {
+			complete++
+			m.finish(r)
+		}
+		p.kill()
+		_ = m.d.Close() // it is dead
+		if t.Failed() {
+			t.Fatalf("end of the round with -lazy.seed=%d: %d bytes in blocks of %d, %+v", seed, m.size, m.bs, m.o)
+		}
+	}
+	t.Logf("%d disks, %d lives, %d complete, in %v", n, lives, complete, time.Since(begin).Round(time.Millisecond))
+}

@@ -1,0 +1,328 @@
+package lazy
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+)
+
+var errDead = errors.New("the process is dead")
+
+// process is one life of the program: its files share a count of operations, at
+// one of which it ends or fails.
+type process struct {
+	mu sync.Mutex
+	r  *rand.Rand
+	// Guarded by mu:
+	ops    int
+	endAt  int // the operation at which it dies; -1: none
+	failAt int // the operation that fails; -1: none
+	failed string
+	dead   bool
+	died   chan struct{} // closed with dead
+}
+
+func newProcess(r *rand.Rand, endAt int) *process {
+	return &process{r: r, endAt: endAt, failAt: -1, died: make(chan struct{})}
+}
+
+// kill ends the process: nothing it does from here on has an effect.
+func (p *process) kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dieLocked()
+}
+
+func (p *process) dieLocked() {
+	if !p.dead {
+		p.dead = true
+		close(p.died)
+	}
+}
+
+// begin counts an operation. last says that it is the one the process dies of.
+func (p *process) begin(what string) (last bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dead {
+		return false, errDead
+	}
+	n := p.ops
+	p.ops++
+	if n == p.failAt {
+		p.failed = what
+		return false, errInjected
+	}
+	if n == p.endAt {
+		p.dieLocked()
+		return true, nil
+	}
+	return false, nil
+}
+
+func (p *process) isDead() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dead
+}
+
+// crashFile is a file whose unsynced writes may be lost, in part: what is written
+// together is kept together only in units of grain bytes.
+type crashFile struct {
+	grain int
+
+	mu sync.Mutex
+	// Guarded by mu:
+	now     []byte           // as processes see it
+	durable []byte           // as of the last sync
+	since   map[int][][]byte // of each unit written since: its versions
+}
+
+func newCrashFile(size int64, grain int) *crashFile {
+	return &crashFile{grain: grain, now: make([]byte, size), durable: make([]byte, size), since: make(map[int][][]byte)}
+}
+
+// noteLocked remembers the units of [off, end) as they are now.
+func (f *crashFile) noteLocked(off, end int64) {
+	for u := int(off) / f.grain; u*f.grain < int(end); u++ {
+		f.since[u] = append(f.since[u], bytes.Clone(f.now[u*f.grain:min((u+1)*f.grain, len(f.now))]))
+	}
+}
+
+// sync makes durable what was written before it, and nothing that is written
+// while it runs.
+func (f *crashFile) sync(p *process, during func()) {
+	f.mu.Lock()
+	upTo := make(map[int]int, len(f.since))
+	for u, v := range f.since {
+		upTo[u] = len(v)
+	}
+	size := len(f.now)
+	f.mu.Unlock()
+	if during != nil {
+		during()
+	}
+	for range 3 {
+		runtime.Gosched()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if p.isDead() {
+		return
+	}
+	f.resizeLocked(&f.durable, size)
+	for u, n := range upTo {
+		if at := u * f.grain; at < len(f.durable) && n <= len(f.since[u]) {
+			copy(f.durable[at:], f.since[u][n-1])
+		}
+		if f.since[u] = f.since[u][min(n, len(f.since[u])):]; len(f.since[u]) == 0 {
+			delete(f.since, u)
+		}
+	}
+}
+
+func (f *crashFile) resizeLocked(b *[]byte, size int) {
+	if size < len(*b) {
+		*b = (*b)[:size:size]
+	} else {
+		*b = append(*b, make([]byte, size-len(*b))...)
+	}
+}
+
+// losePower leaves of what is not synced any part.
+func (f *crashFile) losePower(r *rand.Rand) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r.IntN(2) == 0 {
+		f.resizeLocked(&f.durable, len(f.now))
+	}
+	mode := r.IntN(4)
+	for u, v := range f.since {
+		keep := r.IntN(len(v) + 1) // versions
+		switch mode {
+		case 0:
+			keep = 0
+		case 1:
+			keep = len(v)
+		}
+		if at := u * f.grain; keep > 0 && at < len(f.durable) {
+			copy(f.durable[at:], v[keep-1])
+		}
+	}
+	f.since = make(map[int][][]byte)
+	f.now = bytes.Clone(f.durable)
+}
+
+func (f *crashFile) bytes() []byte {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return bytes.Clone(f.now)
+}
+
+// handle is a crashFile as a process has it open.
+type handle struct {
+	f    *crashFile
+	p    *process
+	name string
+	sync func() // called while a sync runs; nil: nothing
+}
+
+func (h handle) ReadAt(b []byte, off int64) (int, error) {
+	if _, err := h.p.begin("read " + h.name); err != nil {
+		return 0, err
+	}
+	h.f.mu.Lock()
+	defer h.f.mu.Unlock()
+	if off >= int64(len(h.f.now)) {
+		return 0, io.EOF
+	}
+	n := copy(b, h.f.now[off:])
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// change lets apply change [off, off+length). Of the operation that the process
+// dies of a part is done.
+func (h handle) change(what string, off, length int64, apply func(b []byte, from int64)) error {
+	last, err := h.p.begin(what + " " + h.name)
+	if err != nil {
+		return err
+	}
+	h.f.mu.Lock()
+	defer h.f.mu.Unlock()
+	if off < 0 || off+length > int64(len(h.f.now)) {
+		return storage.ErrOutOfRange
+	}
+	if last {
+		length = h.p.r.Int64N(length + 1)
+		length -= (off + length) % int64(min(h.f.grain, sectorSize)) // a unit is torn nowhere
+	}
+	if length > 0 {
+		apply(h.f.now[off:off+length], 0)
+		h.f.noteLocked(off, off+length)
+	}
+	if last {
+		return errDead
+	}
+	return nil
+}
+
+func (h handle) WriteAt(b []byte, off int64) (int, error) {
+	if err := h.change("write", off, int64(len(b)), func(to []byte, _ int64) { copy(to, b) }); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+func (h handle) ZeroAt(off, length int64, _ bool) error {
+	return h.change("zero", off, length, func(to []byte, _ int64) { clear(to) })
+}
+
+func (h handle) Close() error { return nil }
+
+func (h handle) flush() error {
+	last, err := h.p.begin("sync " + h.name)
+	switch {
+	case err != nil:
+		return err
+	case last:
+		return errDead
+	}
+	h.f.sync(h.p, h.sync)
+	if h.p.isDead() {
+		return errDead
+	}
+	return nil
+}
+
+// crashDisk is a crashFile as a disk, crashMap as the file of a map.
+type (
+	crashDisk struct{ handle }
+	crashMap  struct{ handle }
+)
+
+var (
+	_ storage.Zeroer = crashDisk{}
+	_ mapFile        = crashMap{}
+)
+
+func (d crashDisk) Flush() error { return d.flush() }
+func (d crashDisk) Size() uint64 { return uint64(len(d.f.bytes())) }
+
+func (m crashMap) Sync() error          { return m.flush() }
+func (m crashMap) Size() (int64, error) { return int64(len(m.f.bytes())), nil }
+
+func (m crashMap) Truncate(size int64) error {
+	last, err := m.p.begin("truncate " + m.name)
+	if err != nil {
+		return err
+	}
+	m.f.mu.Lock()
+	defer m.f.mu.Unlock()
+	m.f.resizeLocked(&m.f.now, int(size))
+	for u := range m.f.since {
+		if u*m.f.grain >= int(size) {
+			delete(m.f.since, u)
+		}
+	}
+	if last {
+		return errDead
+	}
+	return nil
+}
+
+// NextData knows pages of zeroes as holes.
+func (m crashMap) NextData(off, end int64) (lo, hi int64, err error) {
+	b := m.f.bytes()
+	zero := func(at int64) bool {
+		p := b[at:min(at+pageSize, int64(len(b)))]
+		return bytes.Equal(p, zeroes[:len(p)])
+	}
+	for lo = off; lo < end && zero(lo); {
+		lo += pageSize
+	}
+	for hi = lo; hi < end && !zero(hi); {
+		hi += pageSize
+	}
+	return min(lo, end), min(hi, end), nil
+}
+
+// machine is a disk and its map, over power cuts and lives of the program.
+type machine struct {
+	disk, file *crashFile
+}
+
+// newMachine has a disk of the size and a new map.
+func newMachine(id Identity) *machine {
+	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 8)}
+	p := newProcess(nil, -1)
+	if _, err := newMap(crashMap{handle{f: m.file, p: p, name: "map"}}, id); err != nil {
+		panic(err) // no operation of it fails
+	}
+	return m
+}
+
+// losePower cuts the power of both files.
+func (m *machine) losePower(r *rand.Rand) {
+	m.disk.losePower(r)
+	m.file.losePower(r)
+}
+
+// start begins a life of the program.
+func (m *machine) start(p *process, o Options) (*Device, error) {
+	file := crashMap{handle{f: m.file, p: p, name: "map"}}
+	on, err := openMap(file, Identity{})
+	if err != nil {
+		return nil, err
+	}
+	on.path = "map"
+	o.Map = on
+	return New(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, o)
+}

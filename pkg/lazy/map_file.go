@@ -1,0 +1,177 @@
+package lazy
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// mapFile is the file that a map lies in. It is small, so that tests can put
+// one in its place that loses power.
+type mapFile interface {
+	io.ReaderAt
+	io.WriterAt
+	io.Closer
+	// Size is how long the file is, in bytes.
+	Size() (int64, error)
+	// NextData is the first run in [off, end) that may hold more than zeroes;
+	// lo is end if there is none.
+	NextData(off, end int64) (lo, hi int64, err error)
+	// Truncate makes the file so long, in bytes. What is new of it is zero and
+	// takes no space.
+	Truncate(size int64) error
+	// Sync returns when all that was written before is on stable storage.
+	Sync() error
+}
+
+// osFile is a mapFile in a file system.
+type osFile struct{ f *os.File }
+
+// ReadAt reads, with the contract of io.ReaderAt.
+func (o osFile) ReadAt(p []byte, off int64) (int, error) { return o.f.ReadAt(p, off) }
+
+// WriteAt writes, with the contract of io.WriterAt.
+func (o osFile) WriteAt(p []byte, off int64) (int, error) { return o.f.WriteAt(p, off) }
+
+func (o osFile) Close() error              { return o.f.Close() }
+func (o osFile) Truncate(size int64) error { return o.f.Truncate(size) }
+
+func (o osFile) Size() (int64, error) {
+	info, err := o.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
+}
+
+func (o osFile) Sync() error {
+	return o.control("fdatasync", unix.Fdatasync)
+}
+
+func (o osFile) NextData(off, end int64) (lo, hi int64, err error) {
+	// The descriptor's position is moved by this and used by nothing.
+	err = o.control("seek", func(fd int) (err error) {
+		if lo, err = unix.Seek(fd, off, unix.SEEK_DATA); errors.Is(err, unix.ENXIO) {
+			lo, hi, err = end, end, nil
+		} else if err == nil {
+			hi, err = unix.Seek(fd, lo, unix.SEEK_HOLE)
+		}
+		return err
+	})
+	switch {
+	case errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP):
+		return off, end, nil // the file system does not know
+	case err != nil:
+		return 0, 0, err
+	}
+	return min(lo, end), min(hi, end), nil
+}
+
+// control calls do with the descriptor, again if a signal came between.
+func (o osFile) control(op string, do func(fd int) error) error {
+	raw, err := o.f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	refused := raw.Control(func(fd uintptr) {
+		for err = unix.EINTR; err == unix.EINTR; {
+			err = do(int(fd))
+		}
+	})
+	if refused != nil {
+		return refused
+	}
+	if err != nil {
+		return &os.PathError{Op: op, Path: o.f.Name(), Err: err}
+	}
+	return nil
+}
+
+// reserve takes space for the first size bytes, where the file system can: a
+// disk that is full must not keep the bits from being saved.
+func (o osFile) reserve(size int64) error {
+	err := o.control("fallocate", func(fd int) error { return unix.Fallocate(fd, 0, 0, size) })
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+		return nil
+	}
+	return err
+}
+
+// lock takes the file's lock, which goes when it is closed, or says ErrMapInUse.
+func (o osFile) lock(how int) error {
+	err := o.control("lock", func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return ErrMapInUse
+	}
+	return err
+}
+
+// createFile makes a file at path that does not exist before and, once it does,
+// is as fill has left it, also after a crash. The file is locked.
+func createFile(path string, fill func(f osFile) error) (_ osFile, err error) {
+	if _, err := os.Lstat(path); err == nil {
+		return osFile{}, os.ErrExist
+	}
+	dir, base := filepath.Split(path)
+	if dir == "" {
+		dir = "."
+	}
+	f, err := os.CreateTemp(dir, "."+base+".new-")
+	if err != nil {
+		return osFile{}, err
+	}
+	o, temporary := osFile{f}, f.Name()
+	defer func() {
+		if err != nil {
+			os.Remove(temporary) // best effort: the error to report is the one before
+			f.Close()
+		}
+	}()
+	if err := o.lock(unix.LOCK_EX); err != nil {
+		return o, err
+	}
+	if err := fill(o); err != nil {
+		return o, err
+	}
+	if err := f.Sync(); err != nil {
+		return o, err
+	}
+	if err := rename(temporary, path); err != nil {
+		return o, err
+	}
+	if err := syncDir(dir); err != nil {
+		os.Remove(path) // best effort
+		return o, err
+	}
+	return o, nil
+}
+
+// rename gives a file a name that nothing has.
+func rename(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) { // not here
+		if err = os.Link(from, to); err == nil {
+			err = os.Remove(from)
+		}
+	}
+	return err
+}
+
+// syncDir makes a new entry of a directory durable.
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync its directory: %w", err)
+	}
+	defer dir.Close() // only read
+	// EINVAL: the file system has no such thing as syncing a directory.
+	if err := dir.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
+		return fmt.Errorf("sync its directory: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,184 @@
+package lazy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+)
+
+// saveEvery is how long what has changed may be in memory only, when no client
+// flushes.
+const saveEvery = 3 * time.Second
+
+// maxKept is how large a snapshot may be for its memory to be used again.
+const maxKept = 256 << 10 // bytes
+
+// saver keeps the map of a device. All its methods are called by the holder of
+// the flusher's turn, so that the map is written by one at a time.
+type saver struct {
+	m     *Map // nil: none, or not needed any more
+	state *state
+	snap  snapshot
+}
+
+// commit makes durable what was written before it, and says so in the map: the
+// bits are taken as they stand, then the disk is flushed, and then just these
+// bits are written. So no bit is in the map before its data is on the disk.
+func (d *Device) commit() error {
+	s := &d.saver
+	if s.m == nil {
+		return d.flushDisk()
+	}
+	s.snap.fill(s.state, s.m.layout.maskWords())
+	if cap(s.snap.bits) > maxKept || cap(s.snap.words) > maxKept/8 {
+		defer func() { s.snap = snapshot{} }()
+	}
+	if err := d.flushDisk(); err != nil {
+		return err
+	}
+	err := s.m.save(&s.snap)
+	if noRoom(err) {
+		// Nothing is lost: the map is as it was, or has some of the new bits, and
+		// all of them will be written again.
+		s.snap.putBack(s.state)
+		return &roomError{err}
+	}
+	return err
+}
+
+func (d *Device) flushDisk() error {
+	if err := d.disk.Flush(); err != nil {
+		return fmt.Errorf("lazy: flush the disk: %w", err)
+	}
+	return nil
+}
+
+// roomError is a commit that failed for lack of space, and may be tried again.
+type roomError struct{ error }
+
+func (e *roomError) Unwrap() error { return e.error }
+
+// noRoom says that a write to the map found the file system full. A sync that
+// says so is another matter: what it did not write is gone.
+func noRoom(err error) bool {
+	var final *finalError
+	return (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.As(err, &final)
+}
+
+// adopt makes a device that has just been made what its map says.
+func (d *Device) adopt(m *Map, o Options) error {
+	h := m.header()
+	if h.id.Size != d.size || h.id.BlockSize != d.blockSize {
+		return fmt.Errorf("%s: %w: it is for a disk of %d bytes in blocks of %d, and this one has %d in blocks of %d: choose the right one",
+			m.path, ErrMapMismatch, h.id.Size, h.id.BlockSize, d.size, d.blockSize)
+	}
+	if h.state == MapLive && o.Revocable && h.flags&flagRevocable == 0 {
+		return fmt.Errorf("%s: %w: its disk was written here while no block could be taken back, so none can be now: use a source that hands over",
+			m.path, ErrMapMismatch)
+	}
+	if !m.used.CompareAndSwap(false, true) {
+		return fmt.Errorf("%s: a device has this map already: %w", m.path, syscall.EBUSY)
+	}
+	if err := m.load(d.state, o.Revocable); err != nil {
+		return fmt.Errorf("%s: %w", m.path, err)
+	}
+	// What a crash has left of blocks that are missing is anything but zeroes.
+	d.knownZero.Store(o.KnownZero && m.fresh)
+	if h.state == MapComplete {
+		if err := m.shrink(); err != nil {
+			d.log.Warn("the map could not be shrunk; it is complete all the same", "map", m.path, "error", err)
+		}
+		d.sealed.Store(true)
+		d.enterLive()
+		d.complete.Store(true)
+		d.direct.Store(true)
+		return nil
+	}
+	d.mapped = true
+	d.saver = saver{m: m, state: d.state}
+	d.state.changes = newChanges(d.state.blocks)
+	d.state.partial.changes = d.state.changes
+	err := m.update(func(h *header) {
+		h.flags &^= flagRevocable
+		if o.Revocable {
+			h.flags |= flagRevocable
+		}
+	})
+	if h.state == MapLive && err == nil {
+		d.enterLive()
+	}
+	return err
+}
+
+// goLive makes it durable that the source has handed over.
+func (s *saver) goLive() error {
+	if s.m == nil {
+		return nil
+	}
+	return s.m.update(func(h *header) { h.state = max(h.state, MapLive) })
+}
+
+// finish makes it durable that the device is complete, which its disk has to be,
+// and gives up the map.
+func (d *Device) finish() error {
+	s := &d.saver
+	if s.m == nil {
+		return nil
+	}
+	if err := s.m.update(func(h *header) { h.state = MapComplete }); err != nil {
+		return err
+	}
+	if err := s.m.shrink(); err != nil {
+		d.log.Warn("the map could not be shrunk; it is complete all the same", "map", s.m.path, "error", err)
+	}
+	s.m, s.snap = nil, snapshot{}
+	return nil
+}
+
+// forget makes it durable that the blocks of spans were taken back. Until then
+// nothing that comes for them may be laid over their durable contents.
+func (d *Device) forget(spans []span) error {
+	if !d.mapped || len(spans) == 0 {
+		return nil
+	}
+	return d.flush.alone(d, func() error {
+		if d.saver.m == nil {
+			return nil
+		}
+		return d.saver.m.forget(spans)
+	})
+}
+
+// saveLoop saves what has changed, in a while, when nobody flushes.
+func (d *Device) saveLoop() {
+	timer := time.NewTimer(saveEvery)
+	defer timer.Stop()
+	for {
+		select {
+		case <-d.closing:
+			return
+		case <-d.state.changes.kick:
+		}
+		for d.state.changes.dirty.Load() {
+			timer.Reset(saveEvery)
+			select {
+			case <-d.closing:
+				return
+			case <-timer.C:
+			}
+			if !d.state.changes.dirty.Load() {
+				break // a flush has saved it
+			}
+			err := d.flush.flush(context.Background(), d)
+			var room *roomError
+			switch {
+			case errors.As(err, &room):
+				d.log.Warn("there is no room for the map: what has arrived may have to be sent again after a crash", "error", err)
+			case err != nil:
+				return // said where it was noted
+			}
+		}
+	}
+}
