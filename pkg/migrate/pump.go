@@ -26,6 +26,8 @@ const (
 	demandPackets = 64
 	// maxZeroRun is the most that one zero run covers, in bytes.
 	maxZeroRun = 1 << 30
+	// wayTime is how long a packet of the background waits for demand in flight.
+	wayTime = 2 * time.Millisecond
 	// zeroCost is what a zero run counts for in the window: it measures nothing.
 	zeroCost = 0
 )
@@ -50,11 +52,13 @@ type pump struct {
 
 	// runBytes is the largest data packet that the other side takes; one block
 	// until it has said more.
-	runBytes    atomic.Int64
-	demandSlots chan struct{} // capacity demandPackets; one taken for each demand packet in flight
-	flights     sync.Pool     // of *flight
-	greeted     func()        // called for every answer
-	paidAt      time.Time     // when the rate allows the next packet; bulkLoop's
+	runBytes     atomic.Int64
+	demandOut    atomic.Int64  // demand packets in flight
+	demandLanded chan struct{} // capacity 1: the last of them has landed
+	demandSlots  chan struct{} // capacity demandPackets; one taken for each demand packet in flight
+	flights      sync.Pool     // of *flight
+	greeted      func()        // called for every answer
+	paidAt       time.Time     // when the rate allows the next packet; bulkLoop's
 
 	failOnce sync.Once
 	failed   chan struct{} // closed after err is set
@@ -69,8 +73,9 @@ type counters struct {
 func newPump(disk SourceDisk, o *order, to sender, w *window, l *rate.Limiter, c *counters, greeted func()) *pump {
 	p := &pump{
 		disk: disk, order: o, to: to, window: w, limiter: l, counts: c, greeted: greeted,
-		demandSlots: make(chan struct{}, demandPackets),
-		failed:      make(chan struct{}),
+		demandSlots:  make(chan struct{}, demandPackets),
+		demandLanded: make(chan struct{}, 1),
+		failed:       make(chan struct{}),
 	}
 	p.flights.New = func() any { return &flight{pump: p} }
 	p.runBytes.Store(o.geo.blockSize)
@@ -170,6 +175,7 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 	if err := p.window.await(ctx, cost); err != nil {
 		return err
 	}
+	p.giveWay(ctx)
 	s, ok := p.order.takeBulk(from, limit)
 	if !ok {
 		return nil // demand was faster
@@ -178,6 +184,21 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 		return p.sendZeroes(ctx, s, protocol.PriorityBulk)
 	}
 	return p.sendData(ctx, r, s, protocol.PriorityBulk)
+}
+
+// giveWay lets demand in flight have the processors and the path for a moment
+// before the next packet of the background.
+func (p *pump) giveWay(ctx context.Context) {
+	if p.demandOut.Load() == 0 {
+		return
+	}
+	t := time.NewTimer(wayTime)
+	defer t.Stop()
+	select {
+	case <-p.demandLanded:
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // packet is the most that one packet of the background should hold, in bytes.
@@ -284,6 +305,7 @@ func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priori
 	}
 	select {
 	case p.demandSlots <- struct{}{}:
+		p.demandOut.Add(1)
 		return f, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
@@ -359,6 +381,9 @@ func (f *flight) land(ok bool) {
 	p := f.pump
 	if f.demand {
 		<-p.demandSlots
+		if p.demandOut.Add(-1) == 0 {
+			notify(p.demandLanded)
+		}
 	} else {
 		p.window.release(f.mark, ok)
 	}

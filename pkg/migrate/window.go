@@ -14,7 +14,7 @@ const (
 	windowGain = 1.25
 	// A packet of the background is about what the path moves in packetTime,
 	// since a demand read waits for the packet that is on its way.
-	packetTime = 2 * time.Millisecond
+	packetTime = 500 * time.Microsecond
 	maxPacket  = 1 << 20
 	// firstWindow is the window until the path has been measured.
 	firstWindow = 256 << 10
