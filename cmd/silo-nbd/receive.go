@@ -79,9 +79,9 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	return err
 }
 
-// open gives the disk that takes what the source calls name.
-func (r *receiver) open(name string, size uint64, _ uint32) (migrate.DestinationDisk, error) {
-	d, err := r.set.Open(name, int64(size))
+// open gives the disk that takes what the source announces.
+func (r *receiver) open(a migrate.Announcement) (migrate.DestinationDisk, error) {
+	d, err := r.set.Open(a.Name, int64(a.Size))
 	if err != nil {
 		return migrate.DestinationDisk{}, err
 	}

@@ -132,8 +132,8 @@ func (s *stage) newDestination(p *parts) (<-chan *lazy.Device, error) {
 	p.dest, err = migrate.NewDestination(migrate.DestinationOptions{
 		Disks: 1,
 		Log:   s.Log,
-		Open: func(_ string, size uint64, _ uint32) (migrate.DestinationDisk, error) {
-			f, err := sources.OpenFile(filepath.Join(s.dir, destFile), sources.FileOptions{Create: true, Size: int64(size)})
+		Open: func(a migrate.Announcement) (migrate.DestinationDisk, error) {
+			f, err := sources.OpenFile(filepath.Join(s.dir, destFile), sources.FileOptions{Create: true, Size: int64(a.Size)})
 			if err != nil {
 				return migrate.DestinationDisk{}, err
 			}

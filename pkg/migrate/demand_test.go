@@ -48,7 +48,7 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 		const size, rate = 24 << 20, 10 << 20
 		store, want := testDisk(t, size, 2)
 		second, _ := testDisk(t, size, 3)
-		src := newSource(t, SourceOptions{}, SourceDisk{"first", store}, SourceDisk{"second", second})
+		src := newSource(t, SourceOptions{}, SourceDisk{Name: "first", Store: store}, SourceDisk{Name: "second", Store: second})
 		w := newWires()
 		w.wrap = func(c net.Conn) io.ReadWriteCloser { return &slowConn{Conn: c, rate: rate} }
 		begin := time.Now()
@@ -86,7 +86,7 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 func TestDemandDoesNotWaitForTheRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store, want := testDisk(t, 8<<20, 2)
-		src := newSource(t, SourceOptions{Rate: 10 << 10}, SourceDisk{"disk", store})
+		src := newSource(t, SourceOptions{Rate: 10 << 10}, SourceDisk{Name: "disk", Store: store})
 		m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
 		dev := <-m.dst.ready
 		buf := make([]byte, 1000)
@@ -138,7 +138,7 @@ func TestOneFailureIsRetriedAndTheDiskCompletes(t *testing.T) {
 				return nil
 			}
 			mem, want := testDisk(t, 300<<10, 1)
-			src := newSource(t, SourceOptions{BlockSize: 4096}, SourceDisk{"disk", &flaky{mem, fail}})
+			src := newSource(t, SourceOptions{BlockSize: 4096}, SourceDisk{Name: "disk", Store: &flaky{mem, fail}})
 			dst := newDestination(t, DestinationOptions{}, func(_ string, size uint64) storage.StorageProvider {
 				return &flaky{sources.NewMemoryStorage(int(size)), fail}
 			})
@@ -167,7 +167,7 @@ func TestBlockThatCannotMoveKeepsTheDiskFromCompleting(t *testing.T) {
 					return nil
 				}
 				mem, _ := testDisk(t, 300<<10, 1)
-				src := newSource(t, SourceOptions{BlockSize: 4096}, SourceDisk{"disk", &flaky{mem, fail}})
+				src := newSource(t, SourceOptions{BlockSize: 4096}, SourceDisk{Name: "disk", Store: &flaky{mem, fail}})
 				dst := newDestination(t, DestinationOptions{}, func(_ string, size uint64) storage.StorageProvider {
 					return &flaky{sources.NewMemoryStorage(int(size)), fail}
 				})
@@ -231,7 +231,7 @@ func TestRandomReadsWritesAndCuts(t *testing.T) {
 func cutRandomly(t *testing.T, rnd *rand.Rand) {
 	size := 1<<20 + rnd.IntN(4<<20)
 	store, want := testDisk(t, size, rnd.Uint64())
-	src := newSource(t, SourceOptions{BlockSize: 512 << rnd.IntN(8), Rate: 8 << 20, Listening: true}, SourceDisk{"disk", store})
+	src := newSource(t, SourceOptions{BlockSize: 512 << rnd.IntN(8), Rate: 8 << 20, Listening: true}, SourceDisk{Name: "disk", Store: store})
 	w := newWires()
 	m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), w)
 	dev := <-m.dst.ready

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,14 +13,14 @@ import (
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
-	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
 // destDisk is one disk of a Destination, over all connections.
 type destDisk struct {
 	name  string
 	geo   geometry
-	store storage.StorageProvider
+	id    Identity
+	store DestinationDisk
 	dev   *lazy.Device
 	log   *slog.Logger
 
@@ -36,9 +37,9 @@ type destDisk struct {
 	err      error              // why the last of them was not
 }
 
-// newDestDisk makes the device that takes di into opened.
-func newDestDisk(di *protocol.DevInfo, opened DestinationDisk, log *slog.Logger) (*destDisk, error) {
-	geo, err := newGeometry(int64(di.Size), int64(di.BlockSize))
+// newDestDisk makes the device that takes what a announces into opened.
+func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.Logger) (*destDisk, error) {
+	geo, err := newGeometry(int64(a.Size), int64(a.BlockSize))
 	if err != nil {
 		return nil, err
 	}
@@ -46,18 +47,26 @@ func newDestDisk(di *protocol.DevInfo, opened DestinationDisk, log *slog.Logger)
 	if err != nil {
 		return nil, err
 	}
-	d := &destDisk{name: opened.Name, geo: geo, store: store, plain: di.Extension == nil, log: log, refused: make(map[int64]struct{})}
-	if d.name == "" {
-		d.name = di.Name
+	d := &destDisk{
+		name: cmp.Or(opened.Name, a.Name), geo: geo, id: a.Identity, store: opened, plain: plain, log: log,
+		refused: make(map[int64]struct{}),
 	}
 	d.dev, err = lazy.New(store, lazy.Options{
 		BlockSize: geo.blockSize,
 		KnownZero: opened.KnownZero,
 		// A plain Silo source goes on writing, and takes blocks back.
-		Revocable: d.plain,
+		Revocable: plain,
+		Map:       opened.Map,
 		Log:       log.With("disk", d.name),
 	})
-	return d, err
+	if err != nil {
+		return nil, err
+	}
+	if err := d.dev.GoLive(); err != nil { // a frozen source has handed over
+		return nil, errors.Join(err, d.dev.Close())
+	}
+	d.complete.Store(d.dev.Stats().Complete)
+	return d, nil
 }
 
 // same says why di is not the disk that came before under this name, if so.
@@ -65,6 +74,10 @@ func (d *destDisk) same(di *protocol.DevInfo) error {
 	if int64(di.Size) != d.geo.size || int64(di.BlockSize) != d.geo.blockSize {
 		return fmt.Errorf("disk %q was %d bytes in blocks of %d, the source now says %d in blocks of %d: it is another disk",
 			d.name, d.geo.size, d.geo.blockSize, di.Size, di.BlockSize)
+	}
+	if id := announcement(di).Identity; id != d.id {
+		return fmt.Errorf("disk %q came from %s, the source now has %s: it is another disk, or was written since; "+
+			"nothing was changed: give the right source, or begin anew with --overwrite", d.name, d.id, id)
 	}
 	return nil
 }
@@ -154,7 +167,7 @@ func (d *destDisk) status() DiskStatus {
 }
 
 func (d *destDisk) close() error {
-	return errors.Join(d.dev.Close(), d.store.Close())
+	return errors.Join(d.dev.Close(), d.store.close())
 }
 
 // arrivals is the source's hand on a disk, for one connection: what the

@@ -29,14 +29,24 @@ type DestinationDisk struct {
 	// KnownZero says that all of Store reads as zeroes, so that zeroes need not
 	// be written.
 	KnownZero bool
+	// Map remembers on disk what is here; nil keeps it in memory, and a restart
+	// begins anew. The Destination closes it.
+	Map *lazy.Map
+}
+
+// Announcement is what a source says of a disk before it sends it.
+type Announcement struct {
+	Name      string // the other side's: it is no path
+	Size      uint64 // bytes
+	BlockSize uint32 // bytes
+	Identity  Identity
 }
 
 // DestinationOptions are the options of a Destination.
 type DestinationOptions struct {
-	// Open gives the storage for a disk that the source announces, of size
-	// bytes. It is called once for each name. The name comes from the other
-	// side: it is no path.
-	Open func(name string, size uint64, blockSize uint32) (DestinationDisk, error)
+	// Open gives the storage for a disk that the source announces. It is called
+	// once for each name that is not known by Resume.
+	Open func(a Announcement) (DestinationDisk, error)
 	// Ready is told of a device that can be used from now on.
 	Ready func(name string, dev *lazy.Device) error
 	// Disks is how many disks are expected; 0 is as many as the source sends
@@ -84,6 +94,9 @@ func (d *Destination) Run(ctx context.Context, connect Connector) error {
 			patience = time.AfterFunc(farewellTimeout, func() { cancel(errUnheard) })
 		}
 		return greeted, err
+	}
+	if d.complete() { // resumed: only the source may not know
+		patience = time.AfterFunc(farewellTimeout, func() { cancel(errUnheard) })
 	}
 	err := loop.run(ctx)
 	if patience != nil {
@@ -235,15 +248,53 @@ func (d *Destination) open(di *protocol.DevInfo) (*destDisk, error) {
 	if _, err := newGeometry(int64(di.Size), int64(di.BlockSize)); err != nil {
 		return nil, fmt.Errorf("disk %q: the source announces %w", di.Name, err)
 	}
-	opened, err := d.opts.Open(di.Name, di.Size, di.BlockSize)
+	a := announcement(di)
+	opened, err := d.opts.Open(a)
 	if err != nil {
 		return nil, &localError{fmt.Errorf("disk %q: %w", di.Name, err)}
 	}
-	disk, err := newDestDisk(di, opened, d.log)
+	disk, err := newDestDisk(a, di.Extension == nil, opened, d.log)
 	if err != nil {
-		return nil, &localError{errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.Store.Close())}
+		return nil, &localError{errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.close())}
 	}
 	return disk, nil
+}
+
+// Resume goes on with a disk of which a part is here, as its map knows: it can
+// be used at once, also when the source is not there. sourceName is what the
+// source calls it.
+func (d *Destination) Resume(sourceName string, opened DestinationDisk) error {
+	id := opened.Map.Identity()
+	a := Announcement{
+		Name: sourceName, Size: uint64(id.Size), BlockSize: uint32(id.BlockSize),
+		Identity: Identity{UUID: id.Source, Generation: id.Generation},
+	}
+	disk, err := newDestDisk(a, false, opened, d.log)
+	if err != nil {
+		return errors.Join(fmt.Errorf("disk %q: %w", sourceName, err), opened.close())
+	}
+	if err := d.add(sourceName, disk); err != nil {
+		return err
+	}
+	st := disk.dev.Stats()
+	d.log.Info("resuming", "disk", disk.name, "local", st.BytesLocal, "bytes", st.Size, "complete", st.Complete)
+	return d.opts.Ready(disk.name, disk.dev)
+}
+
+func (o DestinationDisk) close() error {
+	err := o.Store.Close()
+	if o.Map != nil {
+		err = errors.Join(err, o.Map.Close())
+	}
+	return err
+}
+
+func announcement(di *protocol.DevInfo) Announcement {
+	a := Announcement{Name: di.Name, Size: di.Size, BlockSize: di.BlockSize}
+	if di.Extension != nil {
+		a.Identity = di.Extension.Identity
+	}
+	return a
 }
 
 // add makes disk known, unless the Destination was closed meanwhile or another

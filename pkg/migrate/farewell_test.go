@@ -30,8 +30,8 @@ func TestFarewellIsHeardBeforeTheEnd(t *testing.T) {
 		}
 		dest, err := NewDestination(DestinationOptions{
 			Disks: 2,
-			Open: func(name string, size uint64, _ uint32) (DestinationDisk, error) {
-				return DestinationDisk{Name: name, Store: sources.NewMemoryStorage(int(size)), KnownZero: true}, nil
+			Open: func(a Announcement) (DestinationDisk, error) {
+				return DestinationDisk{Name: a.Name, Store: sources.NewMemoryStorage(int(a.Size)), KnownZero: true}, nil
 			},
 			Ready: func(string, *lazy.Device) error { return nil },
 		})

@@ -103,11 +103,11 @@ type destination struct {
 func newDestination(t testing.TB, opts DestinationOptions, open func(name string, size uint64) storage.StorageProvider) *destination {
 	t.Helper()
 	d := &destination{ready: make(chan *lazy.Device, 8), disks: make(map[string]storage.StorageProvider)}
-	opts.Open = func(name string, size uint64, _ uint32) (DestinationDisk, error) {
-		s := open(name, size)
+	opts.Open = func(a Announcement) (DestinationDisk, error) {
+		s := open(a.Name, a.Size)
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.disks[name] = s
+		d.disks[a.Name] = s
 		return DestinationDisk{Store: s}, nil
 	}
 	opts.Ready = func(_ string, dev *lazy.Device) error { d.ready <- dev; return nil }
@@ -160,7 +160,7 @@ func TestDiskMovesForEveryBlockSizeAndOddSize(t *testing.T) {
 	for _, blockSize := range []int64{512, 4096, 64 << 10, 1 << 20} {
 		for _, size := range []int{1, 511, 4096, 1<<20 + 1, 3<<20 + 4097} {
 			store, want := testDisk(t, size, 1)
-			src := newSource(t, SourceOptions{BlockSize: blockSize}, SourceDisk{"disk", store})
+			src := newSource(t, SourceOptions{BlockSize: blockSize}, SourceDisk{Name: "disk", Store: store})
 			m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
 			require.Equal(t, []error{nil, nil}, m.end())
 			require.True(t, bytes.Equal(want, contents(t, m.dst.disks["disk"])), "size %d, block %d", size, blockSize)
@@ -176,7 +176,7 @@ func TestDiskMovesForEveryBlockSizeAndOddSize(t *testing.T) {
 func TestDeviceIsUsableWhileTheDiskMoves(t *testing.T) {
 	const size = 32 << 20
 	store, want := testDisk(t, size, 2)
-	src := newSource(t, SourceOptions{Rate: 16 << 20}, SourceDisk{"disk", store})
+	src := newSource(t, SourceOptions{Rate: 16 << 20}, SourceDisk{Name: "disk", Store: store})
 	m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
 	dev := <-m.dst.ready
 	rnd := rand.New(rand.NewPCG(3, 3))
@@ -205,7 +205,7 @@ func TestDeviceIsUsableWhileTheDiskMoves(t *testing.T) {
 func TestCutConnectionGoesOnWithWhatIsMissing(t *testing.T) {
 	const size = 8 << 20
 	store, want := testDisk(t, size, 4)
-	src := newSource(t, SourceOptions{BlockSize: 4096, Rate: 4 << 20}, SourceDisk{"disk", store})
+	src := newSource(t, SourceOptions{BlockSize: 4096, Rate: 4 << 20}, SourceDisk{Name: "disk", Store: store})
 	w := newWires()
 	m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), w)
 	dev := <-m.dst.ready
@@ -230,7 +230,7 @@ func TestSeveralDisksMoveOnOneConnection(t *testing.T) {
 	want := make(map[string][]byte)
 	for i, name := range []string{"root", "data", "swap"} {
 		store, data := testDisk(t, 1<<20+i*777, uint64(i))
-		disks = append(disks, SourceDisk{name, store})
+		disks = append(disks, SourceDisk{Name: name, Store: store})
 		want[name] = data
 	}
 	src := newSource(t, SourceOptions{BlockSize: 4096}, disks...)
@@ -244,7 +244,7 @@ func TestSeveralDisksMoveOnOneConnection(t *testing.T) {
 
 func TestStopEndsBothSidesAndWakesReaders(t *testing.T) {
 	store, _ := testDisk(t, 64<<20, 5)
-	src := newSource(t, SourceOptions{Rate: 1 << 20}, SourceDisk{"disk", store})
+	src := newSource(t, SourceOptions{Rate: 1 << 20}, SourceDisk{Name: "disk", Store: store})
 	m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
 	<-m.dst.ready
 	m.stop()
@@ -277,10 +277,10 @@ func TestOptionsAreChecked(t *testing.T) {
 		opts  SourceOptions
 	}{
 		{nil, SourceOptions{}},
-		{[]SourceDisk{{"a", store}}, SourceOptions{BlockSize: 3000}},
-		{[]SourceDisk{{"a", store}}, SourceOptions{BlockSize: 256}},
-		{[]SourceDisk{{"a", store}, {"a", store}}, SourceOptions{}},
-		{[]SourceDisk{{"a", sources.NewMemoryStorage(0)}}, SourceOptions{}},
+		{[]SourceDisk{{Name: "a", Store: store}}, SourceOptions{BlockSize: 3000}},
+		{[]SourceDisk{{Name: "a", Store: store}}, SourceOptions{BlockSize: 256}},
+		{[]SourceDisk{{Name: "a", Store: store}, {Name: "a", Store: store}}, SourceOptions{}},
+		{[]SourceDisk{{Name: "a", Store: sources.NewMemoryStorage(0)}}, SourceOptions{}},
 	} {
 		_, err := NewSource(c.disks, c.opts)
 		require.Error(t, err)

@@ -211,7 +211,7 @@ func TestPlainSiloDestinationIsFed(t *testing.T) {
 			want := make(map[string][]byte)
 			for i, name := range []string{"a", "b", "c"} {
 				store, data := testDisk(t, 3<<20+i*12345, uint64(i))
-				disks = append(disks, SourceDisk{name, store})
+				disks = append(disks, SourceDisk{Name: name, Store: store})
 				want[name] = data
 			}
 			src := newSource(t, SourceOptions{BlockSize: blockSize}, disks...)

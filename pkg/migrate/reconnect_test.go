@@ -21,7 +21,7 @@ func refuse(context.Context) (io.ReadWriteCloser, error) { return nil, errRefuse
 
 func TestFirstConnectionThatFailsEndsAtOnce(t *testing.T) {
 	store, _ := testDisk(t, 4096, 1)
-	src := newSource(t, SourceOptions{}, SourceDisk{"disk", store})
+	src := newSource(t, SourceOptions{}, SourceDisk{Name: "disk", Store: store})
 	require.ErrorIs(t, src.Run(t.Context(), refuse), errRefusedConn)
 }
 
@@ -86,7 +86,7 @@ func TestFatalErrorEndsAtOnce(t *testing.T) {
 func TestSilentPeerIsGivenUpOnEitherSide(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store, _ := testDisk(t, 4096, 1)
-		src := newSource(t, SourceOptions{}, SourceDisk{"disk", store})
+		src := newSource(t, SourceOptions{}, SourceDisk{Name: "disk", Store: store})
 		a, b := net.Pipe()
 		go func() { _, _ = io.Copy(io.Discard, b) }() // until a is closed
 		require.ErrorIs(t, src.Run(t.Context(), once(a)), errSilent)

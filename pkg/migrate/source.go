@@ -26,7 +26,13 @@ const firstDevice = 1
 type SourceDisk struct {
 	Name  string // what the destination is told, and its export is called
 	Store storage.StorageProvider
+	// Identity tells the destination after a restart of either side whether this
+	// is still the disk of which it has a part. Zero: it cannot tell.
+	Identity Identity
 }
+
+// Identity says which disk it is, and which of its contents.
+type Identity = wire.Identity
 
 // SourceOptions are the options of a Source; the zero value works.
 type SourceOptions struct {
@@ -254,7 +260,7 @@ func (d *sourceDisk) info() *protocol.DevInfo {
 		Size: uint64(d.geo.size), BlockSize: uint32(d.geo.blockSize), Name: d.Name,
 		// A plain Silo destination wants these two of a schema.
 		Schema:    fmt.Sprintf("size = \"%d\"\nsystem = \"memory\"\n", d.geo.size),
-		Extension: &wire.Extension{Revision: wire.Revision},
+		Extension: &wire.Extension{Revision: wire.Revision, Identity: d.Identity},
 	}
 }
 

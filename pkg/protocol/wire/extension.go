@@ -15,6 +15,7 @@ const (
 	fieldMaxData  = 2 // u32
 	fieldLive     = 3 // no value: there or not
 	fieldWindow   = 4 // u32
+	fieldIdentity = 5 // 16 bytes UUID, u64 generation
 )
 
 // Extension is what we say beyond Silo: fields behind the schema in DevInfo,
@@ -24,7 +25,21 @@ type Extension struct {
 	MaxData  uint32 // bytes of the largest WriteAt that the sender of this takes; 0: one block
 	Window   uint32 // bytes of a device's bulk data that it takes without having answered; 0: unknown
 	Live     bool   // the source is still being written
+	// Identity is the source's disk, in DevInfo; zero if it has none.
+	Identity Identity
 	Unknown  []Field
+}
+
+// Identity says which disk a device is, and which of its contents: two with the
+// same identity hold the same bytes.
+type Identity struct {
+	UUID       [16]byte
+	Generation uint64
+}
+
+// String is the identity as people compare it.
+func (i Identity) String() string {
+	return fmt.Sprintf("%x generation %d", i.UUID, i.Generation)
 }
 
 // Field is one of a type that is not known here. It is kept and means nothing.
@@ -49,8 +64,12 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 	if e.Window != 0 {
 		b = appendField32(b, fieldWindow, e.Window)
 	}
+	if e.Identity != (Identity{}) {
+		b = append(appendFieldHead(b, fieldIdentity, 24), e.Identity.UUID[:]...)
+		b = binary.LittleEndian.AppendUint64(b, e.Identity.Generation)
+	}
 	for _, f := range e.Unknown {
-		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= fieldWindow {
+		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= fieldIdentity {
 			return b, fmt.Errorf("wire: extension field %d of %d bytes: %w", f.Type, len(f.Value), ErrInvalid)
 		}
 		b = append(appendFieldHead(b, f.Type, len(f.Value)), f.Value...)
@@ -99,6 +118,12 @@ func (e *Extension) read(c *cursor) {
 			e.Live = true
 		case fieldWindow:
 			e.Window = value.u32()
+		case fieldIdentity:
+			copy(e.Identity.UUID[:], value.bytes(16))
+			e.Identity.Generation = value.u64()
+			if e.Identity == (Identity{}) {
+				c.fail(fmt.Errorf("%w: identity of zeroes", ErrInvalid))
+			}
 		default:
 			e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
 		}

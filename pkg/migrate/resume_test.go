@@ -1,0 +1,124 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
+)
+
+// resumable is a destination's disk and map on a file system.
+type resumable struct{ disk, mapPath string }
+
+func newResumable(t testing.TB) resumable {
+	t.Helper()
+	dir := t.TempDir()
+	return resumable{filepath.Join(dir, "disk.raw"), filepath.Join(dir, "disk.raw.silo-nbd")}
+}
+
+func (r resumable) open(a Announcement) (DestinationDisk, error) {
+	f, err := sources.OpenFile(r.disk, sources.FileOptions{Create: true, Size: int64(a.Size)})
+	if err != nil {
+		return DestinationDisk{}, err
+	}
+	m, err := lazy.CreateMap(r.mapPath, lazy.Identity{
+		Size: int64(a.Size), BlockSize: int64(a.BlockSize), Source: a.Identity.UUID, Generation: a.Identity.Generation,
+	})
+	return DestinationDisk{Store: f, KnownZero: true, Map: m}, err
+}
+
+func (r resumable) resume(t testing.TB, d *Destination) {
+	t.Helper()
+	f, err := sources.OpenFile(r.disk, sources.FileOptions{})
+	require.NoError(t, err)
+	m, err := lazy.OpenMap(r.mapPath, lazy.Identity{})
+	require.NoError(t, err)
+	require.NoError(t, d.Resume("disk", DestinationDisk{Store: f, Map: m}))
+}
+
+func (r resumable) destination(t testing.TB, ready chan *lazy.Device) *Destination {
+	t.Helper()
+	d, err := NewDestination(DestinationOptions{
+		Open:  r.open,
+		Ready: func(_ string, dev *lazy.Device) error { ready <- dev; return nil },
+		Disks: 1,
+	})
+	require.NoError(t, err)
+	return d
+}
+
+func TestRestartedDestinationGoesOnWithWhatIsMissing(t *testing.T) {
+	const size = 4 << 20
+	store, want := testDisk(t, size, 6)
+	id := Identity{UUID: [16]byte{7}, Generation: 3}
+	r, ready := newResumable(t), make(chan *lazy.Device, 1)
+
+	src := newSource(t, SourceOptions{BlockSize: 4096, Rate: 100 << 10, Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: id})
+	first := r.destination(t, ready)
+	m := migrate(t, src, &destination{Destination: first}, newWires())
+	dev := <-ready
+	got := make([]byte, size/2)
+	_, err := dev.ReadAt(got, size/2)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(want[size/2:], got))
+	_, err = dev.WriteAt([]byte("written here"), 100)
+	require.NoError(t, err)
+	copy(want[100:], "written here")
+	require.NoError(t, dev.Sync())
+	m.stop()
+	m.end()
+	require.NoError(t, first.Close())
+
+	second := r.destination(t, ready)
+	r.resume(t, second)
+	dev = <-ready
+	_, err = dev.ReadAt(got, size/2) // the source is not there
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(want[size/2:], got))
+	again := newSource(t, SourceOptions{BlockSize: 4096, Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: id})
+	m = migrate(t, again, &destination{Destination: second}, newWires())
+	require.Equal(t, []error{nil, nil}, m.end())
+	require.Less(t, again.Status()[0].BytesSent, int64(size/4+size/8), "what was there was not sent again")
+	require.NoError(t, second.Close())
+	data, err := os.ReadFile(r.disk)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(want, data))
+}
+
+// TestSourceThatChangedIsRefused is trap D8.
+func TestSourceThatChangedIsRefused(t *testing.T) {
+	store, _ := testDisk(t, 1<<20, 6)
+	r, ready := newResumable(t), make(chan *lazy.Device, 1)
+	id := Identity{UUID: [16]byte{7}, Generation: 3}
+	src := newSource(t, SourceOptions{Rate: 10 << 10, Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: id})
+	first := r.destination(t, ready)
+	m := migrate(t, src, &destination{Destination: first}, newWires())
+	<-ready
+	m.stop()
+	m.end()
+	require.NoError(t, first.Close())
+	before, err := os.ReadFile(r.disk)
+	require.NoError(t, err)
+
+	for _, other := range []Identity{{UUID: id.UUID, Generation: 4}, {UUID: [16]byte{8}, Generation: 3}, {}} {
+		d := r.destination(t, ready)
+		r.resume(t, d)
+		<-ready
+		src := newSource(t, SourceOptions{Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: other})
+		m := migrate(t, src, &destination{Destination: d}, newWires())
+		require.ErrorContains(t, <-m.errs, "another disk")
+		m.stop()
+		require.ErrorIs(t, <-m.errs, context.Canceled)
+		m.wg.Wait()
+		require.NoError(t, d.Close())
+		after, err := os.ReadFile(r.disk)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(before, after), "nothing was changed")
+	}
+}
