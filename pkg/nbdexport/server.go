@@ -23,6 +23,11 @@ type Options struct {
 	// StallError ends a request that has waited so long for data with EIO;
 	// 0 lets it wait.
 	StallError time.Duration
+	// OnWait is told of a request that has waited for data for 5, 30 and 60 s,
+	// and of one that is given up because of StallError. It may be called
+	// several times at once, must not block, and not call back into the Server;
+	// nil: a line in the log.
+	OnWait func(Wait)
 	// MemoryBudget is the bytes that the requests under way of all clients may
 	// hold, and again as much those that wait for data; 0 means 256 MiB.
 	MemoryBudget int64
@@ -155,6 +160,14 @@ func (s *Server) Connections() int {
 		n += len(e.clients())
 	}
 	return n
+}
+
+// Wait is a request that waits for data.
+type Wait struct {
+	Export, Command string
+	Off, Length     uint64 // in bytes
+	Waited          time.Duration
+	GivenUp         bool // it ends with EIO now
 }
 
 // Waits are the requests that wait for data.

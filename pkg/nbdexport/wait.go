@@ -169,7 +169,13 @@ func (w *waiter) stalled() {
 	}
 	off, length, typ := w.r.off, w.r.length, w.r.typ
 	c.mu.Unlock()
-	if tell || expired {
+	switch {
+	case !tell && !expired:
+	case c.s.o.OnWait != nil:
+		c.s.o.OnWait(Wait{
+			Export: c.e.Name, Command: commandName(typ), Off: off, Length: length, Waited: waited, GivenUp: expired,
+		})
+	default:
 		c.s.log.Warn("request waits for data", "export", c.e.Name, "command", commandName(typ), "off", off,
 			"length", length, "waited", waited.Round(time.Millisecond), "given_up", expired)
 	}

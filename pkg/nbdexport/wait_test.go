@@ -47,6 +47,26 @@ func TestWaitsShowInTheLog(t *testing.T) {
 	})
 }
 
+func TestOnWaitIsToldInsteadOfTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		told := make(chan Wait, 9)
+		s, _, c, cookie := stalledServer(t, Options{
+			Log: slog.New(slog.NewTextHandler(&log, nil)), StallError: 7 * time.Second,
+			OnWait: func(w Wait) { told <- w },
+		})
+		require.Equal(t, errIO, c.status(cookie))
+		w := Wait{Export: "disk", Command: "READ", Off: mib, Length: 4096, Waited: 5 * time.Second}
+		given := w
+		given.Waited, given.GivenUp = 7*time.Second, true
+		require.Equal(t, w, <-told)
+		require.Equal(t, given, <-told)
+		require.Empty(t, told)
+		require.Empty(t, log.String())
+		require.NoError(t, s.Close())
+	})
+}
+
 func TestStallRuleEndsAWaitWithEIO(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _, c, cookie := stalledServer(t, Options{StallError: 7 * time.Second})
