@@ -102,6 +102,9 @@ func (a Addr) Network() string { return a.network }
 // Path is the path of a unix socket, else empty.
 func (a Addr) Path() string { return a.path }
 
+// Host is the name or IP address of a TCP address without brackets, else empty.
+func (a Addr) Host() string { return a.host }
+
 // IsZero says that a is no address.
 func (a Addr) IsZero() bool { return a.network == "" }
 
@@ -136,15 +139,20 @@ func (a Addr) dialTarget() string {
 
 // NBDURI is the URI under which an NBD client reaches the export called name on
 // a server that listens on a. A server on every address is reached as localhost.
-func NBDURI(a Addr, name string) string {
+func NBDURI(a Addr, name string) string { return uri("nbd", a, name) }
+
+// NBDSURI is NBDURI for a server that wants TLS.
+func NBDSURI(a Addr, name string) string { return uri("nbds", a, name) }
+
+func uri(scheme string, a Addr, name string) string {
 	if a.network == "unix" {
-		return "nbd+unix:///" + escape(name) + "?socket=" + escape(a.path)
+		return scheme + "+unix:///" + escape(name) + "?socket=" + escape(a.path)
 	}
 	host := a.host
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	return "nbd://" + escapeHost(net.JoinHostPort(host, a.port)) + "/" + escape(name)
+	return scheme + "://" + escapeHost(net.JoinHostPort(host, a.port)) + "/" + escape(name)
 }
 
 // escape is percent-encoding that means the same in the path and in the query

@@ -76,6 +76,7 @@ func TestNBDURIIsWhatClientsTake(t *testing.T) {
 		a, err := Parse(c.addr)
 		require.NoError(t, err)
 		require.Equal(t, c.want, NBDURI(a, c.name))
+		require.Equal(t, strings.Replace(c.want, "nbd", "nbds", 1), NBDSURI(a, c.name))
 	}
 }
 

@@ -4,6 +4,7 @@ package connect
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir"
 )
 
 const (
@@ -21,6 +23,10 @@ const (
 	dialTimeout = 10 * time.Second
 	// dialPause is between the tries of the first connection.
 	dialPause = 100 * time.Millisecond
+	// shakeTimeout is how long one that was accepted may take to show who it is.
+	shakeTimeout = 10 * time.Second
+	// maxShaking is how many may be about to at once; others wait to be accepted.
+	maxShaking = 64
 )
 
 // Ends gives connections to the other end.
@@ -32,10 +38,24 @@ type Ends interface {
 	Close() error
 }
 
-// Dial gives connections to a. The first is tried for as long as first, since
-// the other end may be started a moment later; each after it once.
-func Dial(a addr.Addr, first time.Duration) Ends {
-	return &dialer{addr: a, dial: a.Dial, first: first}
+// Dial gives connections to a, by TLS if certs is not nil. The first is tried
+// for as long as first, since the other end may be started a moment later; each
+// after it once.
+func Dial(a addr.Addr, first time.Duration, certs *tlsdir.Dir) Ends {
+	d := &dialer{addr: a, dial: a.Dial, first: first}
+	if certs != nil {
+		d.dial = func(ctx context.Context) (net.Conn, error) {
+			conn, err := a.Dial(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if conn, err = certs.Client(ctx, conn, a.Host()); err != nil {
+				return nil, fmt.Errorf("connect to %v: %w", a, err)
+			}
+			return conn, nil
+		}
+	}
+	return d
 }
 
 type dialer struct {
@@ -59,6 +79,10 @@ func (d *dialer) Next(ctx context.Context) (io.ReadWriteCloser, error) {
 		}
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
+		}
+		var there *tlsdir.HandshakeError
+		if errors.As(err, &there) {
+			return nil, err // somebody was there, and will be the same in a moment
 		}
 		if time.Since(began)+dialPause >= d.first {
 			return nil, fmt.Errorf("no connection within %v: %w", d.first, err)
@@ -94,42 +118,76 @@ func pause(ctx context.Context, d time.Duration) error {
 }
 
 // Accept gives the connections that come to ln, and closes it in the end. One
-// that comes while nobody wants it waits.
-func Accept(ln net.Listener, log *slog.Logger) Ends {
-	a := &acceptor{ln: ln, log: log, conns: make(chan net.Conn), closed: make(chan struct{}), ended: make(chan struct{})}
-	a.wg.Go(a.acceptLoop)
+// that comes while nobody wants it waits. If certs is not nil they are of TLS,
+// and one that does not show who it is comes to nothing: the log says why.
+func Accept(ln net.Listener, certs *tlsdir.Dir, log *slog.Logger) Ends {
+	a := &acceptor{ln: ln, certs: certs, log: log, conns: make(chan net.Conn), ended: make(chan struct{})}
+	ctx, stop := context.WithCancelCause(context.Background())
+	a.stop = stop
+	a.wg.Go(func() { a.acceptLoop(ctx) })
 	return a
 }
 
 type acceptor struct {
 	ln    net.Listener
+	certs *tlsdir.Dir
 	log   *slog.Logger
-	wg    sync.WaitGroup // acceptLoop
+	wg    sync.WaitGroup // acceptLoop and the handshakes
 	conns chan net.Conn
 
-	once   sync.Once
-	closed chan struct{} // closed by Close
-	ended  chan struct{} // closed by acceptLoop after err is set
-	err    error         // why there are no more; read only after ended
+	once  sync.Once
+	stop  context.CancelCauseFunc // called by Close: ends what acceptLoop began
+	ended chan struct{}           // closed by acceptLoop after err is set
+	err   error                   // why there are no more; read only after ended
 }
 
 // acceptLoop hands on what comes until the listener ends.
-func (a *acceptor) acceptLoop() {
+func (a *acceptor) acceptLoop(ctx context.Context) {
 	defer close(a.ended)
+	shaking := make(chan struct{}, maxShaking)
 	for {
 		conn, err := a.ln.Accept()
 		if err != nil {
 			a.err = err
 			return
 		}
-		select {
-		case a.conns <- conn:
-			a.log.Info("connected", "to", conn.LocalAddr().String(), "from", conn.RemoteAddr().String())
-		case <-a.closed:
-			conn.Close() // nobody spoke on it
-			a.err = net.ErrClosed
-			return
+		if a.certs == nil {
+			a.hand(ctx, conn, conn)
+			continue
 		}
+		select {
+		case shaking <- struct{}{}:
+		case <-ctx.Done():
+			conn.Close() // nobody spoke on it
+			continue     // the listener is closed
+		}
+		a.wg.Go(func() {
+			defer func() { <-shaking }()
+			a.shake(ctx, conn)
+		})
+	}
+}
+
+// shake makes a connection one of TLS and hands it on.
+func (a *acceptor) shake(life context.Context, conn net.Conn) {
+	ctx, cancel := context.WithTimeoutCause(life, shakeTimeout, fmt.Errorf("no TLS handshake within %v: has the other side --tls?", shakeTimeout))
+	defer cancel()
+	secure, err := a.certs.Server(ctx, conn)
+	switch {
+	case err == nil:
+		a.hand(life, conn, secure, "certificate", tlsdir.Names(secure.ConnectionState().PeerCertificates[0]))
+	case life.Err() == nil:
+		a.log.Warn("a connection was refused", "from", conn.RemoteAddr().String(), "error", err)
+	}
+}
+
+// hand gives ready, which lies over conn, to whoever wants the next.
+func (a *acceptor) hand(ctx context.Context, conn, ready net.Conn, who ...any) {
+	select {
+	case a.conns <- ready:
+		a.log.Info("connected", append([]any{"to", conn.LocalAddr().String(), "from", conn.RemoteAddr().String()}, who...)...)
+	case <-ctx.Done():
+		conn.Close() // nobody spoke on it
 	}
 }
 
@@ -149,7 +207,7 @@ func (a *acceptor) Next(ctx context.Context) (io.ReadWriteCloser, error) {
 func (a *acceptor) Close() error {
 	var err error
 	a.once.Do(func() {
-		close(a.closed)
+		a.stop(net.ErrClosed)
 		err = a.ln.Close()
 	})
 	a.wg.Wait()

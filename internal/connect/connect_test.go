@@ -1,12 +1,14 @@
 package connect
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +16,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir/tlstest"
 )
 
 var errRefused = errors.New("refused")
@@ -111,7 +115,7 @@ func listener(t *testing.T) (net.Listener, addr.Addr) {
 
 func TestAcceptGivesOneConnectionAfterAnother(t *testing.T) {
 	ln, a := listener(t)
-	ends := Accept(ln, slog.New(slog.DiscardHandler))
+	ends := Accept(ln, nil, slog.New(slog.DiscardHandler))
 	for _, word := range []string{"one", "two"} {
 		conn, err := a.Dial(t.Context())
 		require.NoError(t, err)
@@ -132,7 +136,7 @@ func TestAcceptGivesOneConnectionAfterAnother(t *testing.T) {
 
 func TestCancelEndsAccepting(t *testing.T) {
 	ln, _ := listener(t)
-	ends := Accept(ln, slog.New(slog.DiscardHandler))
+	ends := Accept(ln, nil, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("enough")
 	cancel(why)
@@ -143,7 +147,7 @@ func TestCancelEndsAccepting(t *testing.T) {
 
 func TestCloseEndsAccepting(t *testing.T) {
 	ln, a := listener(t)
-	ends := Accept(ln, slog.New(slog.DiscardHandler))
+	ends := Accept(ln, nil, slog.New(slog.DiscardHandler))
 	conn, err := a.Dial(t.Context()) // one that nobody takes
 	require.NoError(t, err)
 	defer conn.Close()
@@ -154,3 +158,102 @@ func TestCloseEndsAccepting(t *testing.T) {
 	_, err = conn.Read(make([]byte, 1))
 	require.Error(t, err, "the one that nobody took is closed")
 }
+
+// directory is one for TLS, of the authority a.
+func directory(t *testing.T, a *tlstest.Authority, o tlsdir.Options) *tlsdir.Dir {
+	t.Helper()
+	path := t.TempDir()
+	require.NoError(t, a.Write(path, tlstest.Leaf{CommonName: "one"}))
+	d, err := tlsdir.Open(path, o)
+	require.NoError(t, err)
+	return d
+}
+
+func TestConnectionsAreOfTLS(t *testing.T) {
+	a, err := tlstest.NewAuthority()
+	require.NoError(t, err)
+	ln, to := listener(t)
+	var log bytes.Buffer
+	accepted := Accept(ln, directory(t, a, tlsdir.Options{Listen: true}), slog.New(slog.NewTextHandler(&log, nil)))
+
+	// Some who say nothing, or something else, hold up nobody.
+	for range 5 {
+		silent, err := to.Dial(t.Context())
+		require.NoError(t, err)
+		defer silent.Close()
+	}
+	garbage, err := to.Dial(t.Context())
+	require.NoError(t, err)
+	_, err = garbage.Write(make([]byte, 100))
+	require.NoError(t, err)
+	_, err = io.Copy(io.Discard, garbage)
+	require.NoError(t, err, "it is told to go")
+	garbage.Close()
+
+	for range 2 {
+		ours, err := Dial(to, time.Second, directory(t, a, tlsdir.Options{Dial: true})).Next(t.Context())
+		require.NoError(t, err)
+		theirs, err := accepted.Next(t.Context())
+		require.NoError(t, err)
+		_, err = io.WriteString(ours, "word")
+		require.NoError(t, err)
+		word := make([]byte, 4)
+		_, err = io.ReadFull(theirs, word)
+		require.NoError(t, err)
+		require.Equal(t, "word", string(word))
+		require.NoError(t, theirs.Close())
+		_ = ours.Close() // its goodbye may find nobody
+	}
+	require.NoError(t, accepted.Close())
+	require.Contains(t, log.String(), "a connection was refused")
+	require.Contains(t, log.String(), "does not speak TLS")
+	require.Equal(t, 2, strings.Count(log.String(), "certificate=[one]"), log.String())
+}
+
+func TestWrongPeerIsNotTriedAgain(t *testing.T) {
+	a, err := tlstest.NewAuthority()
+	require.NoError(t, err)
+	other, err := tlstest.NewAuthority()
+	require.NoError(t, err)
+	ln, to := listener(t)
+	accepted := Accept(ln, directory(t, other, tlsdir.Options{Listen: true}), slog.New(slog.DiscardHandler))
+	defer accepted.Close()
+	_, err = Dial(to, time.Hour, directory(t, a, tlsdir.Options{Dial: true})).Next(t.Context())
+	require.ErrorContains(t, err, "connect to "+to.String()+": TLS: the other side's certificate is not signed by a CA of ")
+}
+
+func TestSilentPeerIsGivenUp(t *testing.T) {
+	a, err := tlstest.NewAuthority()
+	require.NoError(t, err)
+	certs := directory(t, a, tlsdir.Options{Listen: true, Dial: true})
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		ln := &oneListener{conn: theirs, closed: make(chan struct{})}
+		var log bytes.Buffer
+		accepted := Accept(ln, certs, slog.New(slog.NewTextHandler(&log, nil)))
+		began := time.Now()
+		_, err := ours.Read(make([]byte, 1))
+		require.Error(t, err)
+		require.Equal(t, shakeTimeout, time.Since(began))
+		synctest.Wait()
+		require.NoError(t, accepted.Close())
+		require.Contains(t, log.String(), "no TLS handshake within 10s")
+	})
+}
+
+// oneListener gives one connection.
+type oneListener struct {
+	conn   net.Conn
+	closed chan struct{}
+}
+
+func (l *oneListener) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn = nil
+		return c, nil
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+func (l *oneListener) Addr() net.Addr { return &net.UnixAddr{} }
+func (l *oneListener) Close() error   { close(l.closed); return nil }

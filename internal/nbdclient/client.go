@@ -40,6 +40,8 @@ const (
 // ErrClosed is what a request gets when the client was closed.
 var ErrClosed = errors.New("nbd: the client is closed")
 
+var errNoCertificates = errors.New("the URI wants TLS: certificates are needed for that (--tls DIR)")
+
 // ErrUnsupported says that the server does not offer the command.
 var ErrUnsupported = errors.New("nbd: the server does not offer this command")
 
@@ -85,12 +87,23 @@ type call struct {
 	done  chan struct{}
 }
 
-// Dial connects to the export that an NBD URI names. The context bounds the
-// connecting and the handshake only, which also end after 10 s by themselves.
-func Dial(ctx context.Context, uri string) (*Client, error) {
+// Secure makes a connection to host one of TLS; host is empty for a unix
+// socket. When it fails it has closed the connection.
+type Secure func(ctx context.Context, conn net.Conn, host string) (net.Conn, error)
+
+// Dial connects to the export that an NBD URI without TLS names. The context
+// bounds the connecting and the handshake only, which also end after 10 s by
+// themselves.
+func Dial(ctx context.Context, uri string) (*Client, error) { return DialTLS(ctx, uri, nil) }
+
+// DialTLS is Dial for URIs with TLS too, which are refused if secure is nil.
+func DialTLS(ctx context.Context, uri string, secure Secure) (*Client, error) {
 	t, err := ParseURI(uri)
 	if err != nil {
 		return nil, err
+	}
+	if t.TLS && secure == nil {
+		return nil, fmt.Errorf("nbd: %w", errNoCertificates)
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
@@ -99,19 +112,33 @@ func Dial(ctx context.Context, uri string) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nbd: %w", err)
 	}
-	return New(ctx, conn, t.Export)
+	if !t.TLS {
+		return New(ctx, conn, t.Export)
+	}
+	return enter(ctx, conn, t.Export, func() (net.Conn, error) {
+		if err := startTLS(conn); err != nil {
+			return nil, err
+		}
+		return secure(ctx, conn, t.Host)
+	})
 }
 
 // New enters an export over a connection that is there already. It owns the
 // connection from then on, also when it fails.
 func New(ctx context.Context, conn net.Conn, exportName string) (*Client, error) {
+	return enter(ctx, conn, exportName, nil)
+}
+
+// enter is New, after secure, if there is one, has made another connection of
+// conn, in the time of the handshake.
+func enter(ctx context.Context, conn net.Conn, exportName string, secure func() (net.Conn, error)) (*Client, error) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		deadline = time.Now().Add(handshakeTimeout)
 	}
 	conn.SetDeadline(deadline) // a connection without deadlines has none to wait for
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	e, err := negotiate(conn, exportName)
+	nc, e, err := negotiate(conn, exportName, secure)
 	if !stop() && err == nil {
 		err = context.Cause(ctx)
 	}
@@ -123,7 +150,7 @@ func New(ctx context.Context, conn net.Conn, exportName string) (*Client, error)
 		return nil, fmt.Errorf("nbd: %w", err)
 	}
 	conn.SetDeadline(time.Time{})
-	c := &Client{conn: conn, export: e, done: make(chan struct{}), pending: make(map[uint64]*call)}
+	c := &Client{conn: nc, export: e, done: make(chan struct{}), pending: make(map[uint64]*call)}
 	c.wg.Go(c.readLoop)
 	return c, nil
 }

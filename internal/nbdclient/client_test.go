@@ -64,7 +64,7 @@ func TestHandshakeRefusals(t *testing.T) {
 			s.send(recordedGreeting)
 			s.option()
 			s.send("0003e889045565a9", "00000001", "00000003", "00000000")
-		}, "no answer to NBD_OPT_GO"},
+		}, "no answer to option 7"},
 		"cut in an answer": {func(s *fakeServer) { s.send(recordedGreeting); s.option(); s.send(recordedExport[:20]) }, "closed the connection"},
 		"answers for ever": {func(s *fakeServer) {
 			s.send(recordedGreeting)

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"os"
 )
 
 // The numbers of the NBD protocol that this client uses; the names are those
@@ -17,7 +19,8 @@ const (
 	flagFixedNewstyle = 1 << 0 // NBD_FLAG_FIXED_NEWSTYLE
 	flagNoZeroes      = 1 << 1 // NBD_FLAG_NO_ZEROES
 
-	optGo = 7 // NBD_OPT_GO
+	optStartTLS = 5 // NBD_OPT_STARTTLS
+	optGo       = 7 // NBD_OPT_GO
 
 	repAck  = 1       // NBD_REP_ACK
 	repInfo = 3       // NBD_REP_INFO
@@ -44,7 +47,7 @@ var errNames = map[uint32]string{
 	repErr | 1: "the option is not supported",
 	repErr | 2: "refused by policy",
 	repErr | 3: "the request is invalid",
-	repErr | 5: "the server wants TLS first",
+	repErr | 5: "the server wants TLS: want a URI of nbds:// or nbds+unix://",
 	repErr | 6: "there is no such export",
 	repErr | 7: "the server is shutting down",
 	repErr | 8: "the server wants block sizes to be negotiated",
@@ -59,35 +62,98 @@ type export struct {
 }
 
 // negotiate speaks the fixed newstyle handshake and enters transmission of the
-// export by NBD_OPT_GO.
-func negotiate(rw io.ReadWriter, name string) (export, error) {
+// export by NBD_OPT_GO. With secure, what follows the greeting is spoken over
+// the connection that it returns.
+func negotiate(conn net.Conn, name string, secure func() (net.Conn, error)) (net.Conn, export, error) {
 	if len(name) > maxExportName {
-		return export{}, fmt.Errorf("the export name has %d bytes, more than the %d that NBD allows", len(name), maxExportName)
+		return nil, export{}, fmt.Errorf("the export name has %d bytes, more than the %d that NBD allows", len(name), maxExportName)
 	}
-	var greeting [18]byte
-	if _, err := io.ReadFull(rw, greeting[:]); err != nil {
-		return export{}, fmt.Errorf("reading the greeting: %w", unexpected(err))
+	if err := greet(conn); err != nil {
+		return nil, export{}, err
 	}
-	if binary.BigEndian.Uint64(greeting[0:]) != magicInit || binary.BigEndian.Uint64(greeting[8:]) != magicOption {
-		return export{}, errors.New("the peer is no NBD server that speaks the newstyle handshake")
+	if secure != nil {
+		over, err := secure()
+		if err != nil {
+			return nil, export{}, err
+		}
+		conn = over
 	}
-	offered := binary.BigEndian.Uint16(greeting[16:])
-	if offered&flagFixedNewstyle == 0 {
-		return export{}, errors.New("the server does not speak the fixed newstyle handshake")
-	}
-
-	b := binary.BigEndian.AppendUint32(nil, uint32(offered&(flagFixedNewstyle|flagNoZeroes)))
-	b = binary.BigEndian.AppendUint64(b, magicOption)
-	b = binary.BigEndian.AppendUint32(b, optGo)
-	b = binary.BigEndian.AppendUint32(b, uint32(4+len(name)+2+2))
-	b = binary.BigEndian.AppendUint32(b, uint32(len(name)))
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
 	b = append(b, name...)
 	b = binary.BigEndian.AppendUint16(b, 1)
 	b = binary.BigEndian.AppendUint16(b, infoBlockSize)
-	if _, err := rw.Write(b); err != nil {
-		return export{}, fmt.Errorf("asking for export %q: %w", name, err)
+	if err := sendOption(conn, optGo, b); err != nil {
+		return nil, export{}, fmt.Errorf("asking for export %q: %w", name, err)
 	}
-	return readGoReplies(rw, name)
+	e, err := readGoReplies(conn, name)
+	if err != nil && secure != nil && !errors.As(err, new(*refusal)) && !isTimeout(err) {
+		// In TLS 1.3 a server looks at the client's certificate after the
+		// client thinks that all is well.
+		err = fmt.Errorf("%w; after a TLS handshake that means most often that the server does not accept our certificate: its log says why", err)
+	}
+	return conn, e, err
+}
+
+func isTimeout(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
+
+// greet reads the server's greeting and answers it.
+func greet(rw io.ReadWriter) error {
+	var greeting [18]byte
+	if _, err := io.ReadFull(rw, greeting[:]); err != nil {
+		return fmt.Errorf("reading the greeting: %w", unexpected(err))
+	}
+	if binary.BigEndian.Uint64(greeting[0:]) != magicInit || binary.BigEndian.Uint64(greeting[8:]) != magicOption {
+		return errors.New("the peer is no NBD server that speaks the newstyle handshake")
+	}
+	offered := binary.BigEndian.Uint16(greeting[16:])
+	if offered&flagFixedNewstyle == 0 {
+		return errors.New("the server does not speak the fixed newstyle handshake")
+	}
+	if _, err := rw.Write(binary.BigEndian.AppendUint32(nil, uint32(offered&(flagFixedNewstyle|flagNoZeroes)))); err != nil {
+		return fmt.Errorf("answering the greeting: %w", err)
+	}
+	return nil
+}
+
+func sendOption(w io.Writer, opt uint32, data []byte) error {
+	b := binary.BigEndian.AppendUint64(nil, magicOption)
+	b = binary.BigEndian.AppendUint32(b, opt)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+	_, err := w.Write(append(b, data...))
+	return err
+}
+
+// startTLS asks for TLS, and returns when the server waits for its first word.
+func startTLS(rw io.ReadWriter) error {
+	if err := sendOption(rw, optStartTLS, nil); err != nil {
+		return fmt.Errorf("asking for TLS: %w", err)
+	}
+	typ, data, err := readOptionReply(rw, optStartTLS)
+	switch {
+	case err != nil:
+		return fmt.Errorf("asking for TLS: %w", err)
+	case typ == repAck:
+		return nil
+	case typ == repErr|1, typ == repErr|2:
+		return errors.New("the server has no TLS: want a URI of nbd:// or nbd+unix://, or a server with TLS")
+	}
+	return fmt.Errorf("asking for TLS: %w", newRefusal(typ, data))
+}
+
+// refusal is an error that the server answered to an option.
+type refusal struct{ why string }
+
+func (e *refusal) Error() string { return e.why }
+
+func newRefusal(typ uint32, data []byte) *refusal {
+	why, known := errNames[typ]
+	if !known {
+		why = fmt.Sprintf("error %#x", typ)
+	}
+	if len(data) > 0 {
+		why += fmt.Sprintf(" (the server says: %q)", data)
+	}
+	return &refusal{why}
 }
 
 // readGoReplies reads the answers to NBD_OPT_GO up to the acknowledgement.
@@ -95,19 +161,12 @@ func readGoReplies(r io.Reader, name string) (export, error) {
 	var e export
 	seen := false
 	for range maxReplies {
-		typ, data, err := readOptionReply(r)
+		typ, data, err := readOptionReply(r, optGo)
 		switch {
 		case err != nil:
 			return export{}, fmt.Errorf("reading the answer about export %q: %w", name, err)
 		case typ&repErr != 0:
-			why, known := errNames[typ]
-			if !known {
-				why = fmt.Sprintf("error %#x", typ)
-			}
-			if len(data) > 0 {
-				why += fmt.Sprintf(" (the server says: %q)", data)
-			}
-			return export{}, fmt.Errorf("export %q: %s", name, why)
+			return export{}, fmt.Errorf("export %q: %w", name, newRefusal(typ, data))
 		case typ == repAck:
 			if !seen {
 				return export{}, fmt.Errorf("export %q: the server did not tell the size", name)
@@ -126,13 +185,13 @@ func readGoReplies(r io.Reader, name string) (export, error) {
 }
 
 // readOptionReply reads one reply of the handshake.
-func readOptionReply(r io.Reader) (typ uint32, data []byte, err error) {
+func readOptionReply(r io.Reader, opt uint32) (typ uint32, data []byte, err error) {
 	var head [20]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, nil, unexpected(err)
 	}
-	if binary.BigEndian.Uint64(head[0:]) != magicOptReply || binary.BigEndian.Uint32(head[8:]) != optGo {
-		return 0, nil, errors.New("that is no answer to NBD_OPT_GO")
+	if binary.BigEndian.Uint64(head[0:]) != magicOptReply || binary.BigEndian.Uint32(head[8:]) != opt {
+		return 0, nil, fmt.Errorf("that is no answer to option %d", opt)
 	}
 	length := binary.BigEndian.Uint32(head[16:])
 	if length > maxOptionReply {

@@ -14,6 +14,8 @@ const defaultPort = "10809"
 type Target struct {
 	Network string // "tcp" or "unix", as net.Dial takes it
 	Address string // host:port, or the path of the unix socket
+	Host    string // the name or IP address of the host, empty for a unix socket
+	TLS     bool   // the whole connection has to be TLS
 	Export  string // the name of the export; "" is the server's default one
 }
 
@@ -24,15 +26,15 @@ func IsURI(s string) bool {
 }
 
 // ParseURI reads an NBD URI: nbd://HOST[:PORT]/EXPORT or
-// nbd+unix:///EXPORT?socket=PATH.
+// nbd+unix:///EXPORT?socket=PATH, and with TLS nbds:// and nbds+unix://.
 func ParseURI(s string) (Target, error) {
 	u, err := url.Parse(s)
 	if err != nil {
 		return Target{}, fmt.Errorf("%q is no NBD URI: %w", s, err)
 	}
-	t := Target{Export: strings.TrimPrefix(u.Path, "/")}
+	t := Target{Export: strings.TrimPrefix(u.Path, "/"), TLS: strings.HasPrefix(u.Scheme, "nbds")}
 	switch u.Scheme {
-	case "nbd", "nbd+tcp":
+	case "nbd", "nbd+tcp", "nbds", "nbds+tcp":
 		if u.Hostname() == "" {
 			return Target{}, fmt.Errorf("%q is no NBD URI: it names no host", s)
 		}
@@ -40,14 +42,12 @@ func ParseURI(s string) (Target, error) {
 		if port == "" {
 			port = defaultPort
 		}
-		t.Network, t.Address = "tcp", net.JoinHostPort(u.Hostname(), port)
-	case "nbd+unix":
+		t.Network, t.Address, t.Host = "tcp", net.JoinHostPort(u.Hostname(), port), u.Hostname()
+	case "nbd+unix", "nbds+unix":
 		t.Network, t.Address = "unix", u.Query().Get("socket")
 		if t.Address == "" {
 			return Target{}, fmt.Errorf("%q is no NBD URI: it names no socket (want nbd+unix:///EXPORT?socket=PATH)", s)
 		}
-	case "nbds", "nbds+unix", "nbds+tcp":
-		return Target{}, fmt.Errorf("%q wants TLS, which is not supported here", s)
 	default:
 		return Target{}, fmt.Errorf("%q is no NBD URI: want nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH", s)
 	}

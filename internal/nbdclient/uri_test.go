@@ -11,12 +11,14 @@ func TestParseURI(t *testing.T) {
 		uri  string
 		want Target
 	}{
-		{"nbd://host", Target{"tcp", "host:10809", ""}},
-		{"nbd://host:99/a", Target{"tcp", "host:99", "a"}},
-		{"nbd://[::1]:99/a/b", Target{"tcp", "[::1]:99", "a/b"}},
-		{"nbd+unix:///a?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", "a"}},
-		{"nbd+unix://?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", ""}},
-		{"nbd+unix:///a%20b?socket=/tmp/x%3Fy.sock", Target{"unix", "/tmp/x?y.sock", "a b"}},
+		{"nbd://host", Target{"tcp", "host:10809", "host", false, ""}},
+		{"nbd://host:99/a", Target{"tcp", "host:99", "host", false, "a"}},
+		{"nbd://[::1]:99/a/b", Target{"tcp", "[::1]:99", "::1", false, "a/b"}},
+		{"nbd+unix:///a?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", "", false, "a"}},
+		{"nbd+unix://?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", "", false, ""}},
+		{"nbd+unix:///a%20b?socket=/tmp/x%3Fy.sock", Target{"unix", "/tmp/x?y.sock", "", false, "a b"}},
+		{"nbds://host/a", Target{"tcp", "host:10809", "host", true, "a"}},
+		{"nbds+unix:///a?socket=/tmp/n.sock", Target{"unix", "/tmp/n.sock", "", true, "a"}},
 	} {
 		got, err := ParseURI(c.uri)
 		require.NoError(t, err, c.uri)
@@ -28,7 +30,8 @@ func TestParseURI(t *testing.T) {
 func TestParseURIRefuses(t *testing.T) {
 	for uri, why := range map[string]string{
 		"nbd+unix:///a": "no socket",
-		"nbds://host/a": "TLS",
+		"nbds://":       "no host",
+		"nbdx://host/a": "no NBD URI",
 		"http://host/a": "no NBD URI",
 		"nbd:///a":      "no host",
 		"/dev/sda":      "no NBD URI",

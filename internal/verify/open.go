@@ -29,10 +29,10 @@ type Extenter interface {
 
 // Open opens what a name on the command line stands for: an NBD URI, a regular
 // file or a block device. Nothing is locked, since nothing is written: a disk
-// may be looked at while it is served.
-func Open(ctx context.Context, name string) (Side, error) {
+// may be looked at while it is served. A URI with TLS needs secure.
+func Open(ctx context.Context, name string, secure nbdclient.Secure) (Side, error) {
 	if nbdclient.IsURI(name) {
-		c, err := nbdclient.Dial(ctx, name)
+		c, err := nbdclient.DialTLS(ctx, name, secure)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}

@@ -172,7 +172,7 @@ func TestSparseFiles(t *testing.T) {
 			require.NoError(t, err)
 		}
 		require.NoError(t, f.Close())
-		s, err := Open(t.Context(), f.Name())
+		s, err := Open(t.Context(), f.Name(), nil)
 		require.NoError(t, err)
 		t.Cleanup(func() { s.Close() })
 		return s
@@ -197,9 +197,10 @@ func TestOpenRefuses(t *testing.T) {
 		"/dev/null":             "neither a regular file nor a block device",
 		filepath.Join(dir, "x"): "no such file",
 		"nbd+unix:///a?socket=" + filepath.Join(dir, "x"): "no such file",
-		"nbd://": "names no host",
+		"nbd://":        "names no host",
+		"nbds://host/a": "wants TLS",
 	} {
-		_, err := Open(t.Context(), name)
+		_, err := Open(t.Context(), name, nil)
 		require.ErrorContains(t, err, want)
 	}
 }
