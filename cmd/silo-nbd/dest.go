@@ -13,6 +13,8 @@ type destFlags struct {
 	dir       string
 	overwrite bool
 	nbd       addrFlag
+	readOnly  bool
+	stall     stallFlag
 	exit      bool
 	command   string
 	format    logFormat
@@ -53,6 +55,8 @@ before all is complete, since the disk would be of no use.`,
 	flags.StringVar(&f.dir, "dir", "", "receive every disk that the source sends, as `DIR`/NAME.raw")
 	flags.BoolVar(&f.overwrite, "overwrite", false, "replace what a disk that exists already holds")
 	flags.Var(&f.nbd, "nbd", "serve NBD here: host:port or unix:///path")
+	flags.BoolVar(&f.readOnly, "read-only", false, "let NBD clients read only")
+	flags.Var(&f.stall, "stall", "what becomes of a client's read that waits for the source: it waits on, or fails with EIO after DURATION")
 	flags.BoolVar(&f.exit, "exit-when-complete", false, "end when all is complete and the last client has gone")
 	flags.StringVar(&f.command, "run", "", "run `COMMAND` by /bin/sh with $uri, and end when it has ended and all is complete")
 	f.wire.add(cmd)

@@ -5,12 +5,15 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/connect"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir"
 )
 
 // addrFlag is an address on the command line.
@@ -35,6 +38,8 @@ type wireFlags struct {
 	listen, connect addrFlag
 	timeout         time.Duration
 	insecure        bool
+	tls             string
+	allow           []string
 }
 
 func (w *wireFlags) add(cmd *cobra.Command) {
@@ -44,6 +49,8 @@ func (w *wireFlags) add(cmd *cobra.Command) {
 	f.DurationVar(&w.timeout, "connect-timeout", 10*time.Second,
 		"how long the first connection may fail; a connection that breaks later is made again without limit")
 	f.BoolVar(&w.insecure, "insecure", false, "listen in plain text also where other hosts can reach it")
+	f.StringVar(&w.tls, "tls", "", "speak TLS 1.3 only, with the ca-cert.pem, cert.pem and key.pem of `DIR`")
+	f.StringArrayVar(&w.allow, "tls-allow", nil, "of those who connect by TLS let in only who has a certificate for `NAME`; may be given again")
 }
 
 // check refuses what makes no sense together.
@@ -55,6 +62,10 @@ func (w *wireFlags) check() error {
 		return usagef("--listen and --connect: want only one of them")
 	case w.timeout <= 0:
 		return usagef("--connect-timeout: %v is no time to wait: want more than 0s", w.timeout)
+	case len(w.allow) > 0 && w.tls == "":
+		return usagef("--tls-allow: without --tls DIR nobody shows a certificate")
+	case slices.Contains(w.allow, ""):
+		return usagef("--tls-allow: the name is empty: want one that stands in a client's certificate")
 	}
 	return w.checkListener("--listen", w.listen)
 }
@@ -62,24 +73,66 @@ func (w *wireFlags) check() error {
 // checkListener refuses a plain text listener that other hosts can reach,
 // unless that is asked for.
 func (w *wireFlags) checkListener(flag string, a addrFlag) error {
-	if a.IsZero() || a.IsLocal() || w.insecure {
+	if a.IsZero() || a.IsLocal() || w.insecure || w.tls != "" {
 		return nil
 	}
-	return usagef("%s %s: other hosts can reach that address, and what they say and hear is not encrypted: give --insecure if the network is trusted, or listen on a loopback address or a unix socket", flag, a.String())
+	return usagef("%s %s: other hosts can reach that address, and what they say and hear is not encrypted: give --tls DIR, or --insecure if the network is trusted, or listen on a loopback address or a unix socket", flag, a.String())
+}
+
+// certificates reads those of --tls; nil without it. serves says that others
+// connect to us also for something else than the migration.
+func (w *wireFlags) certificates(serves bool, log *slog.Logger) (*tlsdir.Dir, error) {
+	if w.tls == "" {
+		return nil, nil
+	}
+	certs, err := tlsdir.Open(w.tls, tlsdir.Options{
+		Listen: serves || !w.listen.IsZero(), Dial: !w.connect.IsZero(), Allow: w.allow, Log: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("--tls: %w", err)
+	}
+	return certs, nil
 }
 
 // open gives the connections of a migration. Close what it returns.
-func (w *wireFlags) open(ctx context.Context, log *slog.Logger) (connect.Ends, error) {
+func (w *wireFlags) open(ctx context.Context, certs *tlsdir.Dir, log *slog.Logger) (connect.Ends, error) {
 	if !w.connect.IsZero() {
-		return connect.Dial(w.connect.Addr, w.timeout), nil
+		return connect.Dial(w.connect.Addr, w.timeout, certs), nil
 	}
 	ln, err := w.listen.Listen(ctx)
 	if err != nil {
 		return nil, err
 	}
 	log.Info("waiting for the other end", "listen", listenAddr(ln))
-	return connect.Accept(ln, log), nil
+	return connect.Accept(ln, certs, log), nil
 }
+
+// stallFlag is what becomes of a read that waits: nothing, or an error after
+// so long.
+type stallFlag time.Duration
+
+func (s *stallFlag) Set(text string) error {
+	if text == "wait" {
+		*s = 0
+		return nil
+	}
+	after, found := strings.CutPrefix(text, "error=")
+	d, err := time.ParseDuration(after)
+	if !found || err != nil || d <= 0 {
+		return fmt.Errorf("%q is no rule for reads that wait: want wait, or error=DURATION such as error=60s", text)
+	}
+	*s = stallFlag(d)
+	return nil
+}
+
+func (s *stallFlag) String() string {
+	if *s == 0 {
+		return "wait"
+	}
+	return "error=" + time.Duration(*s).String()
+}
+
+func (*stallFlag) Type() string { return "wait|error=DURATION" }
 
 func listenAddr(ln net.Listener) string { return addr.Of(ln.Addr()).String() }
 

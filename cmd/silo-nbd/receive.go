@@ -26,11 +26,15 @@ type receiver struct {
 	dest    *migrate.Destination
 	left    chan struct{} // a client has left; capacity 1
 
+	secure, readOnly bool // NBD is TLS; clients only read
+
 	ready chan struct{}  // closed when all disks that are expected are ready
 	loops sync.WaitGroup // the NBD server and the command
 
-	mu   sync.Mutex
-	uris []exportURI // in the order in which they became ready; guarded by mu
+	mu sync.Mutex
+	// Guarded by mu:
+	uris    []exportURI         // in the order in which they became ready
+	givenUp map[string]*givenUp // by export: reads that failed by --stall and were not told of yet
 }
 
 // exportURI is where a disk is served.
@@ -38,6 +42,10 @@ type exportURI struct{ name, uri string }
 
 // run receives the disks, from the first check to the last flush.
 func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (err error) {
+	certs, err := f.wire.certificates(true, c.log)
+	if err != nil {
+		return err
+	}
 	set, err := disks.OpenDestination(specs, f.dir, f.overwrite)
 	if err != nil {
 		return err
@@ -48,17 +56,21 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		return err
 	}
 	r := &receiver{
-		console: c, set: set, nbd: addr.Of(ln.Addr()),
+		console: c, set: set, nbd: addr.Of(ln.Addr()), secure: certs != nil, readOnly: f.readOnly,
 		left: make(chan struct{}, 1), ready: make(chan struct{}),
 	}
-	r.server = nbdexport.NewServer(nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft})
+	options := nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft, OnWait: r.waited, StallError: time.Duration(f.stall)}
+	if certs != nil {
+		options.TLS = certs.ServerConfig()
+	}
+	r.server = nbdexport.NewServer(options)
 	r.dest, err = migrate.NewDestination(migrate.DestinationOptions{
 		Open: r.open, Ready: r.export, Disks: set.Expected(), Listening: !f.wire.listen.IsZero(), Log: c.log,
 	})
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
-	ends, err := f.wire.open(ctx, c.log)
+	ends, err := f.wire.open(ctx, certs, c.log)
 	if err != nil {
 		return errors.Join(err, ln.Close())
 	}
@@ -90,10 +102,13 @@ func (r *receiver) open(a migrate.Announcement) (migrate.DestinationDisk, error)
 
 // export serves a disk that can be used from now on, and says so.
 func (r *receiver) export(name string, dev *lazy.Device) error {
-	if err := r.server.AddExport(nbdexport.Export{Name: name, Backend: dev}); err != nil {
+	if err := r.server.AddExport(nbdexport.Export{Name: name, Backend: dev, ReadOnly: r.readOnly}); err != nil {
 		return err
 	}
 	e := exportURI{name, addr.NBDURI(r.nbd, name)}
+	if r.secure {
+		e.uri = addr.NBDSURI(r.nbd, name)
+	}
 	r.mu.Lock()
 	r.uris = append(r.uris, e)
 	all := len(r.uris) == r.set.Expected()

@@ -18,6 +18,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir/tlstest"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 )
 
@@ -30,8 +31,13 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
+		Setup: func(e *testscript.Env) error {
+			e.Values[authorities{}] = make(map[string]*tlstest.Authority)
+			return nil
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code":   cmdCode,
+			"certs":  cmdCerts,
 			"mkdisk": cmdMkdisk,
 			"attach": cmdAttach,
 			"nbd":    cmdNBD,
@@ -106,10 +112,49 @@ func cmdMkdisk(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(f.Close())
 }
 
-// dial attaches to an export as soon as there is one.
+// cmdCerts makes a directory for --tls: certs DIR [ca=NAME] [cn=NAME] [dns=NAME] [ends=DURATION]
+// The certificate is signed by the authority NAME of the script, which is made when it is new.
+func cmdCerts(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 1 {
+		ts.Fatalf("usage: certs DIR [ca=NAME] [cn=NAME] [dns=NAME] [ends=DURATION]")
+	}
+	var leaf tlstest.Leaf
+	ca := "ca"
+	for _, arg := range args[1:] {
+		key, value, _ := strings.Cut(arg, "=")
+		switch key {
+		case "ca":
+			ca = value
+		case "cn":
+			leaf.CommonName = value
+		case "dns":
+			leaf.DNSNames = append(leaf.DNSNames, value)
+		case "ends":
+			ends, err := time.ParseDuration(value)
+			ts.Check(err)
+			leaf.Ends = ends
+		default:
+			ts.Fatalf("certs: %q is unknown", arg)
+		}
+	}
+	all := ts.Value(authorities{}).(map[string]*tlstest.Authority)
+	if all[ca] == nil {
+		a, err := tlstest.NewAuthority()
+		ts.Check(err)
+		all[ca] = a
+	}
+	ts.Check(all[ca].Write(ts.MkAbs(args[0]), leaf))
+}
+
+// authorities is the key of a script's authorities by their names.
+type authorities struct{}
+
+// dial attaches to an export as soon as there is one, with the certificates of $CERTS.
 func dial(ts *testscript.TestScript, uri string) *nbdclient.Client {
+	secure, err := clientTLS(ts.Getenv("CERTS"))
+	ts.Check(err)
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		c, err := nbdclient.Dial(context.Background(), uri)
+		c, err := nbdclient.DialTLS(context.Background(), uri, secure)
 		if err == nil {
 			return c
 		}
@@ -137,14 +182,27 @@ func cmdAttach(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // cmdNBD reads or writes an export: nbd URI (read|write) OFF TEXT
+// With ! it wants that this fails.
 func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) != 4 {
+	if len(args) != 4 {
 		ts.Fatalf("usage: nbd URI (read|write) OFF TEXT")
 	}
 	c := dial(ts, args[0])
 	defer c.Close()
 	off, err := strconv.ParseInt(args[2], 10, 64)
 	ts.Check(err)
+	if neg {
+		if args[1] == "write" {
+			_, err = c.WriteAt([]byte(args[3]), off)
+		} else {
+			_, err = c.ReadAt(make([]byte, len(args[3])), off)
+		}
+		if err == nil {
+			ts.Fatalf("%s at %d went well", args[1], off)
+		}
+		ts.Logf("%v", err)
+		return
+	}
 	if args[1] == "write" {
 		_, err = c.WriteAt([]byte(args[3]), off)
 		ts.Check(err)

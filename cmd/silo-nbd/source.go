@@ -59,11 +59,18 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("--block-size: %s is no block size: want a power of two from %s to %s",
 			f.blockSize.String(), units.Format(migrate.MinBlockSize), units.Format(migrate.MaxBlockSize))
 	}
+	if len(f.wire.allow) > 0 && f.wire.listen.IsZero() {
+		return nil, usagef("--tls-allow: it is for those who connect to us, and with --connect nobody does")
+	}
 	return specs, f.wire.check()
 }
 
 // run sends the disks.
 func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (err error) {
+	certs, err := f.wire.certificates(false, c.log)
+	if err != nil {
+		return err
+	}
 	files, err := disks.OpenSource(specs)
 	if err != nil {
 		return err
@@ -79,7 +86,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	if err != nil {
 		return err
 	}
-	ends, err := f.wire.open(ctx, c.log)
+	ends, err := f.wire.open(ctx, certs, c.log)
 	if err != nil {
 		return err
 	}

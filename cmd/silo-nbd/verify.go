@@ -7,31 +7,54 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
+	"github.com/silo-nbd/silo-nbd/internal/tlsdir"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/internal/verify"
 )
 
 func newVerifyCommand() *cobra.Command {
-	return &cobra.Command{
+	var certs string
+	cmd := &cobra.Command{
 		Use:   "verify A B",
 		Short: "Compare two disks: files, block devices or NBD URIs",
 		Long: `Compares two disks byte by byte: regular files, block devices or NBD URIs such as
 nbd://host:port/name or nbd+unix:///name?socket=/path. Holes are not read. Prints one
-line; exits with 0 if the disks are equal and with 1 if they differ or cannot be read.`,
+line; exits with 0 if the disks are equal and with 1 if they differ or cannot be read.
+
+URIs of nbds:// and nbds+unix:// need --tls.`,
 		Args: arguments("A", "B"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return runVerify(cmd.Context(), args[0], args[1], cmd.OutOrStdout())
+			secure, err := clientTLS(certs)
+			if err != nil {
+				return err
+			}
+			return runVerify(cmd.Context(), args[0], args[1], secure, cmd.OutOrStdout())
 		},
 	}
+	cmd.Flags().StringVar(&certs, "tls", "", "the ca-cert.pem, cert.pem and key.pem for NBD servers with TLS are in `DIR`")
+	return cmd
 }
 
-func runVerify(ctx context.Context, nameA, nameB string, stdout io.Writer) error {
-	a, err := verify.Open(ctx, nameA)
+// clientTLS is how to connect with the certificates of dir; nil if there is none.
+func clientTLS(dir string) (nbdclient.Secure, error) {
+	if dir == "" {
+		return nil, nil
+	}
+	certs, err := tlsdir.Open(dir, tlsdir.Options{Dial: true})
+	if err != nil {
+		return nil, fmt.Errorf("--tls: %w", err)
+	}
+	return certs.Client, nil
+}
+
+func runVerify(ctx context.Context, nameA, nameB string, secure nbdclient.Secure, stdout io.Writer) error {
+	a, err := verify.Open(ctx, nameA, secure)
 	if err != nil {
 		return err
 	}
 	defer a.Close() // only read from
-	b, err := verify.Open(ctx, nameB)
+	b, err := verify.Open(ctx, nameB, secure)
 	if err != nil {
 		return err
 	}
