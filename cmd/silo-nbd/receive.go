@@ -59,6 +59,9 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		console: c, set: set, nbd: addr.Of(ln.Addr()), secure: certs != nil, readOnly: f.readOnly,
 		left: make(chan struct{}, 1), ready: make(chan struct{}),
 	}
+	if certs != nil {
+		r.nbd = f.nbd.Named(r.nbd)
+	}
 	options := nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft, OnWait: r.waited, StallError: time.Duration(f.stall)}
 	if certs != nil {
 		options.TLS = certs.ServerConfig()

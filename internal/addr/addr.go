@@ -105,6 +105,15 @@ func (a Addr) Path() string { return a.path }
 // Host is the name or IP address of a TCP address without brackets, else empty.
 func (a Addr) Host() string { return a.host }
 
+// Named is bound, the real address of a listener on a, with the host name by
+// which a was given, if it was: that is what stands in a certificate.
+func (a Addr) Named(bound Addr) Addr {
+	if _, err := netip.ParseAddr(a.host); err != nil && a.host != "" {
+		bound.host = a.host
+	}
+	return bound
+}
+
 // IsZero says that a is no address.
 func (a Addr) IsZero() bool { return a.network == "" }
 

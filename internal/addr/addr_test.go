@@ -80,6 +80,22 @@ func TestNBDURIIsWhatClientsTake(t *testing.T) {
 	}
 }
 
+func TestNamedKeepsTheHostName(t *testing.T) {
+	for _, c := range [][3]string{
+		{"localhost:0", "127.0.0.1:99", "tcp://localhost:99"},
+		{"127.0.0.1:0", "127.0.0.1:99", "tcp://127.0.0.1:99"},
+		{"[::1]:0", "[::1]:99", "tcp://[::1]:99"},
+		{":0", "[::]:99", "tcp://[::]:99"},
+		{"unix:///s", "unix:///s", "unix:///s"},
+	} {
+		a, err := Parse(c[0])
+		require.NoError(t, err)
+		bound, err := Parse(c[1])
+		require.NoError(t, err)
+		require.Equal(t, c[2], a.Named(bound).String())
+	}
+}
+
 func TestAddrIsText(t *testing.T) {
 	var a Addr
 	require.True(t, a.IsZero())
