@@ -95,6 +95,7 @@ func (c *conn) serve() {
 	c.watch = time.AfterFunc(time.Hour, c.tick)
 	c.watch.Stop()
 	c.wg.Go(c.workLoop)
+	<-c.done // until there is no leader any more, tick may start another worker
 	c.wg.Wait()
 	c.watch.Stop()
 	c.flush() // the last replies; a client that has gone does not get them
