@@ -203,6 +203,8 @@ func (id Identity) match(want Identity) error {
 		return mismatch("block size in bytes", id.BlockSize, want.BlockSize)
 	case want.Device != (UUID{}) && want.Device != id.Device:
 		return mismatch("device", id.Device, want.Device)
+	case want.Name != "" && want.Name != id.Name:
+		return mismatch("source's name", id.Name, want.Name)
 	case want.Source != (UUID{}) && want.Source != id.Source:
 		return mismatch("source disk", id.Source, want.Source)
 	case want.Generation != 0 && want.Generation != id.Generation:

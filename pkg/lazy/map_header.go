@@ -14,6 +14,8 @@ const (
 	slotSize   = 4096         // bytes of one of the two copies of the header
 	headerSize = 2 * slotSize // bytes
 	crcAt      = slotSize - 4 // in a slot
+	nameAt     = 80           // in a slot: u16 length, then the name
+	maxMapName = crcAt - nameAt - 2
 
 	flagRevocable = 1 << 0 // all that was written here is known, also in fetched blocks
 )
@@ -54,6 +56,7 @@ type Identity struct {
 	Device     UUID   // of the device that the map belongs to
 	Source     UUID   // of the source's disk; zero if it has none
 	Generation uint64 // of the source's disk; another means other contents
+	Name       string // what the source calls its disk; at most maxMapName bytes
 }
 
 // header is what a slot holds. docs/MAP.md has its bytes.
@@ -77,6 +80,8 @@ func (h header) encode() []byte {
 	b = append(b, h.id.Device[:]...)
 	b = append(b, h.id.Source[:]...)
 	b = binary.LittleEndian.AppendUint64(b, h.id.Generation)
+	b = binary.LittleEndian.AppendUint16(b, uint16(len(h.id.Name)))
+	b = append(b, h.id.Name...)
 	b = append(b, zeroes[:crcAt-len(b)]...)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
@@ -103,12 +108,16 @@ func decodeSlot(b []byte) (h header, err error) {
 	copy(h.id.Device[:], b[40:])
 	copy(h.id.Source[:], b[56:])
 	h.id.Generation = le.Uint64(b[72:])
+	name := int64(le.Uint16(b[nameAt:]))
 	switch {
+	case name > maxMapName:
+		return h, fmt.Errorf("%w: a name of %d bytes", ErrMapDamaged, name)
 	case h.flags&^flagRevocable != 0:
 		return h, fmt.Errorf("%w: it has flags %#x", ErrMapNewer, h.flags)
 	case h.state < MapStandby || h.state > MapComplete:
 		return h, fmt.Errorf("%w: its state is %d", ErrMapDamaged, uint32(h.state))
 	}
+	h.id.Name = string(b[nameAt+2 : nameAt+2+name])
 	if err := h.id.check(); err != nil {
 		return h, fmt.Errorf("%w: %w", ErrMapDamaged, err)
 	}
@@ -119,6 +128,9 @@ func decodeSlot(b []byte) (h header, err error) {
 func (id Identity) check() error {
 	if id.Size < 0 {
 		return fmt.Errorf("a disk of %d bytes", id.Size)
+	}
+	if len(id.Name) > maxMapName {
+		return fmt.Errorf("a disk with a name of %d bytes: at most %d fit", len(id.Name), maxMapName)
 	}
 	return checkBlockSize(id.BlockSize)
 }
