@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-var flagRounds = flag.Int("lazy.rounds", 2500, "disks of the crash test, each with several lives")
+var flagRounds = flag.Int("lazy.rounds", 1500, "disks of the crash test, each with several lives")
 
 // crashModel is what must be on a disk and what may be: of each sector all
 // contents it had since the last flush that covers it.
@@ -56,8 +56,8 @@ func (m *crashModel) sector(s int64) (off, end int64) {
 }
 
 func newCrashModel(t *testing.T, r *rand.Rand) *crashModel {
-	m := &crashModel{t: t, bs: []int64{512, 1024, 4096, 8192, 64 << 10}[r.IntN(5)]}
-	m.size = m.bs*(1+r.Int64N(min(24, 1+96<<10/m.bs))) - r.Int64N(m.bs)
+	m := &crashModel{t: t, bs: []int64{512, 512, 1024, 2048, 4096, 4096, 8192, 8192, 64 << 10}[r.IntN(9)]}
+	m.size = m.bs*(1+r.Int64N(min(24, 1+40<<10/m.bs))) - r.Int64N(m.bs)
 	m.id = Identity{Size: m.size, BlockSize: m.bs, Device: UUID{1}, Source: UUID{2}, Generation: 3}
 	m.o = Options{Standby: r.IntN(2) == 0, KnownZero: r.IntN(2) == 0, Log: slog.New(slog.DiscardHandler)}
 	m.o.Revocable = !m.o.Standby && r.IntN(2) == 0
@@ -440,7 +440,7 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 	}
 	begin, lives, complete := time.Now(), 0, 0
 	n := 0
-	for ; n < rounds && !(t.Failed() || *flagRounds == 2500 && time.Since(begin) > 20*time.Second); n++ {
+	for ; n < rounds && !(t.Failed() || *flagRounds == 1500 && time.Since(begin) > 20*time.Second); n++ {
 		seed := *flagSeed + uint64(n)
 		r := rand.New(rand.NewPCG(seed, 11))
 		m := newCrashModel(t, r)

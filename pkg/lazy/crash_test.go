@@ -16,12 +16,14 @@ var errDead = errors.New("the process is dead")
 // process is one life of the program: its files share a count of operations, at
 // one of which it ends or fails.
 type process struct {
+	r    *rand.Rand
+	hook func(what string) error // called before each operation; nil: none
+
 	mu sync.Mutex
-	r  *rand.Rand
 	// Guarded by mu:
-	ops    int
-	endAt  int // the operation at which it dies; -1: none
-	failAt int // the operation that fails; -1: none
+	log    []string // what was done
+	endAt  int      // the operation at which it dies; -1: none
+	failAt int      // the operation that fails; -1: none
 	failed string
 	dead   bool
 	died   chan struct{} // closed with dead
@@ -47,13 +49,18 @@ func (p *process) dieLocked() {
 
 // begin counts an operation. last says that it is the one the process dies of.
 func (p *process) begin(what string) (last bool, err error) {
+	if p.hook != nil {
+		if err := p.hook(what); err != nil {
+			return false, err
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.dead {
 		return false, errDead
 	}
-	n := p.ops
-	p.ops++
+	n := len(p.log)
+	p.log = append(p.log, what)
 	if n == p.failAt {
 		p.failed = what
 		return false, errInjected
@@ -164,6 +171,12 @@ func (f *crashFile) bytes() []byte {
 	return bytes.Clone(f.now)
 }
 
+func (f *crashFile) size() int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return int64(len(f.now))
+}
+
 // handle is a crashFile as a process has it open.
 type handle struct {
 	f    *crashFile
@@ -190,7 +203,7 @@ func (h handle) ReadAt(b []byte, off int64) (int, error) {
 
 // change lets apply change [off, off+length). Of the operation that the process
 // dies of a part is done.
-func (h handle) change(what string, off, length int64, apply func(b []byte, from int64)) error {
+func (h handle) change(what string, off, length int64, apply func(b []byte)) error {
 	last, err := h.p.begin(what + " " + h.name)
 	if err != nil {
 		return err
@@ -205,7 +218,7 @@ func (h handle) change(what string, off, length int64, apply func(b []byte, from
 		length -= (off + length) % int64(min(h.f.grain, sectorSize)) // a unit is torn nowhere
 	}
 	if length > 0 {
-		apply(h.f.now[off:off+length], 0)
+		apply(h.f.now[off : off+length])
 		h.f.noteLocked(off, off+length)
 	}
 	if last {
@@ -215,14 +228,14 @@ func (h handle) change(what string, off, length int64, apply func(b []byte, from
 }
 
 func (h handle) WriteAt(b []byte, off int64) (int, error) {
-	if err := h.change("write", off, int64(len(b)), func(to []byte, _ int64) { copy(to, b) }); err != nil {
+	if err := h.change("write", off, int64(len(b)), func(to []byte) { copy(to, b) }); err != nil {
 		return 0, err
 	}
 	return len(b), nil
 }
 
 func (h handle) ZeroAt(off, length int64, _ bool) error {
-	return h.change("zero", off, length, func(to []byte, _ int64) { clear(to) })
+	return h.change("zero", off, length, func(to []byte) { clear(to) })
 }
 
 func (h handle) Close() error { return nil }
@@ -254,10 +267,10 @@ var (
 )
 
 func (d crashDisk) Flush() error { return d.flush() }
-func (d crashDisk) Size() uint64 { return uint64(len(d.f.bytes())) }
+func (d crashDisk) Size() uint64 { return uint64(d.f.size()) }
 
 func (m crashMap) Sync() error          { return m.flush() }
-func (m crashMap) Size() (int64, error) { return int64(len(m.f.bytes())), nil }
+func (m crashMap) Size() (int64, error) { return m.f.size(), nil }
 
 func (m crashMap) Truncate(size int64) error {
 	last, err := m.p.begin("truncate " + m.name)
@@ -301,7 +314,7 @@ type machine struct {
 
 // newMachine has a disk of the size and a new map.
 func newMachine(id Identity) *machine {
-	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 8)}
+	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 64)}
 	p := newProcess(nil, -1)
 	if _, err := newMap(crashMap{handle{f: m.file, p: p, name: "map"}}, id); err != nil {
 		panic(err) // no operation of it fails

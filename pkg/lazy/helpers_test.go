@@ -155,6 +155,13 @@ func newDeviceOn(t *testing.T, disk storage.StorageProvider, o Options) *Device 
 // filled is n bytes of value v.
 func filled(v byte, n int64) []byte { return bytes.Repeat([]byte{v}, int(n)) }
 
+func mustGoLive(t *testing.T, d *Device) {
+	t.Helper()
+	if err := d.GoLive(); err != nil {
+		t.Errorf("go live: %v", err)
+	}
+}
+
 // mustRead reads, and fails the test if that is not what is there.
 func mustRead(t *testing.T, d *Device, off int64, want []byte) {
 	t.Helper()

@@ -33,7 +33,9 @@ type model struct {
 	ops    *atomic.Int64 // of all rounds
 	limit  int64
 	stream atomic.Pointer[Stream]
-	over   atomic.Bool // the clients have ended
+
+	attaching sync.Mutex  // held while stream is replaced
+	over      atomic.Bool // the clients have ended
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -285,10 +287,10 @@ func (m *model) source(r *rand.Rand) {
 	case k < 95:
 		m.dirty(r)
 	case k < 97:
-		m.stream.Store(m.d.Attach(m))
+		m.reattach()
 	case k < 98:
 		_ = m.stream.Load().Close() // always nil
-		m.stream.Store(m.d.Attach(m))
+		m.reattach()
 	default:
 		runtime.Gosched()
 	}
@@ -415,7 +417,7 @@ func (m *model) run(seed uint64, n int64) {
 				m.source(r)
 				m.ops.Add(1)
 				if k == 50 {
-					m.d.GoLive()
+					mustGoLive(m.t, m.d)
 				}
 				if k > 200 {
 					runtime.Gosched() // the clients are what we wait for
@@ -429,8 +431,16 @@ func (m *model) run(seed uint64, n int64) {
 	m.finish(rand.New(rand.NewPCG(seed, 200)))
 }
 
+// reattach begins the next session. One at a time, or the stream that is kept
+// might be that of a session which another has ended already.
+func (m *model) reattach() {
+	m.attaching.Lock()
+	defer m.attaching.Unlock()
+	m.stream.Store(m.d.Attach(m))
+}
+
 func (m *model) finish(r *rand.Rand) {
-	m.d.GoLive()
+	mustGoLive(m.t, m.d)
 	m.stream.Store(m.d.Attach(m))
 	m.d.EachMissing(func(off, length int64) bool {
 		m.send(r, off, off+length)

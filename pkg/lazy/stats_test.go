@@ -282,7 +282,7 @@ func BenchmarkClaim(b *testing.B) {
 
 func TestSteadyStateAllocatesNothing(t *testing.T) {
 	s := newArrivals(t)
-	s.d.GoLive()
+	mustGoLive(t, s.d)
 	ctx := context.Background()
 	p := make([]byte, 1<<20)
 	off := int64(0)

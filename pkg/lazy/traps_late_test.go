@@ -88,7 +88,7 @@ func TestL9ZeroesAreWrittenUnlessKnown(t *testing.T) {
 		if err := s.ZeroAt(0, size, true); err != nil {
 			t.Fatal(err)
 		}
-		d.GoLive()
+		mustGoLive(t, d)
 		mustRead(t, d, 0, append(append(filled(1, testBlock), make([]byte, testBlock)...), filled(1, 2*testBlock)...))
 	})
 	for _, who := range []string{"client", "source"} {

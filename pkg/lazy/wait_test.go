@@ -210,8 +210,8 @@ func TestStandbyHoldsClientsUntilLive(t *testing.T) {
 		if st := d.Stats(); st.Missing != 2 {
 			t.Errorf("after the dirty list: %+v", st)
 		}
-		d.GoLive()
-		d.GoLive()
+		mustGoLive(t, d)
+		mustGoLive(t, d)
 		<-write
 		<-trim
 		if ended(read) {
