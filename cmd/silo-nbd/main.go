@@ -100,7 +100,7 @@ what), 2 the command line is wrong.`,
 	}
 	root.SuggestionsMinimumDistance = 2
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{flagError(err)} })
-	root.AddCommand(newSourceCommand(), newDestCommand(), newVerifyCommand(), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newSourceCommand(), newDestCommand(), newVerifyCommand(), newInspectCommand(), newDemoCommand(), newVersionCommand())
 	return root
 }
 

@@ -88,7 +88,9 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 			fail(&serveError{err})
 		}
 	})
-	err = r.live(ctx, f, ends.Next)
+	if err = r.resume(); err == nil {
+		err = r.live(ctx, f, ends.Next)
+	}
 	err = errors.Join(err, r.shutdown())
 	r.loops.Wait()
 	return err
@@ -96,11 +98,33 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 
 // open gives the disk that takes what the source announces.
 func (r *receiver) open(a migrate.Announcement) (migrate.DestinationDisk, error) {
-	d, err := r.set.Open(a.Name, int64(a.Size))
+	d, err := r.set.Open(a)
 	if err != nil {
 		return migrate.DestinationDisk{}, err
 	}
-	return migrate.DestinationDisk{Name: d.Name, Store: d.File, KnownZero: d.KnownZero}, nil
+	return r.disk(d), nil
+}
+
+func (r *receiver) disk(d *disks.Disk) migrate.DestinationDisk {
+	if d.Map == nil {
+		r.console.log.Warn("no --map for this disk: if dest ends before all is complete, the copy starts again", "disk", d.Path())
+	}
+	return migrate.DestinationDisk{Name: d.Name, Store: d.File, KnownZero: d.KnownZero, Map: d.Map}
+}
+
+// resume serves what is here from an earlier run, before there is a source.
+func (r *receiver) resume() error {
+	var errs []error
+	for _, d := range r.set.Resumed() {
+		if len(errs) > 0 {
+			errs = append(errs, d.Close())
+			continue
+		}
+		if err := r.dest.Resume(d.Map.Identity().Name, r.disk(d)); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // export serves a disk that can be used from now on, and says so.
@@ -176,7 +200,7 @@ func (r *receiver) interrupted() error {
 	case lack == "":
 		return nil
 	}
-	return fmt.Errorf("interrupted: %s, run the same command again with --overwrite to start anew", lack)
+	return fmt.Errorf("interrupted: %s, run the same command again to go on", lack)
 }
 
 // serveOn serves the complete disks for as long as they are wanted.

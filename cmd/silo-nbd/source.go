@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 )
@@ -78,7 +79,11 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	var moving []migrate.SourceDisk
 	for i, file := range files {
 		defer func() { err = errors.Join(err, file.Close()) }()
-		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file})
+		id, err := identity.Of(file)
+		if err != nil {
+			c.log.Warn("a destination that is restarted will not take this disk for the same", "disk", file.Path(), "error", err)
+		}
+		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file, Identity: id})
 	}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,

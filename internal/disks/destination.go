@@ -8,14 +8,25 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
 // Disk is a disk of the destination that is open and locked.
 type Disk struct {
 	*sources.File
-	Name      string // what it is called from here on; never empty
-	KnownZero bool   // it was made just now, so all of it reads as zeroes
+	Name      string    // what it is called from here on; never empty
+	KnownZero bool      // it was made just now, so all of it reads as zeroes
+	Map       *lazy.Map // knows which blocks are here; nil if nothing is to remember that
+}
+
+// Close closes the disk and its map.
+func (d *Disk) Close() error {
+	if d.Map == nil {
+		return d.File.Close()
+	}
+	return errors.Join(d.Map.Close(), d.File.Close())
 }
 
 // Destination is the disks that may receive what the source sends.
@@ -24,8 +35,10 @@ type Destination struct {
 	dir       string // where disks are made by the source's names, if not empty
 	overwrite bool
 
-	mu     sync.Mutex
-	opened map[string]*sources.File // by path: existed before, locked, not asked for yet; guarded by mu
+	mu sync.Mutex
+	// Guarded by mu:
+	opened  map[string]*sources.File // by path: existed before, locked, not asked for yet
+	resumed []*Disk                  // existed before with its map, not asked for yet
 }
 
 // OpenDestination prepares the disks of the command line, or the directory in
@@ -43,16 +56,46 @@ func OpenDestination(specs []Spec, dir string, overwrite bool) (*Destination, er
 			return nil, fmt.Errorf("%s is not a directory", dir)
 		}
 	}
-	for _, s := range specs {
-		f, err := d.openExisting(s.Path)
-		if err != nil {
-			return nil, errors.Join(err, d.Close())
-		}
-		if f != nil {
-			d.opened[s.Path] = f
+	all, err := d.candidates()
+	for _, s := range all {
+		if err == nil {
+			err = d.prepare(s)
 		}
 	}
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
 	return d, nil
+}
+
+// prepare opens and locks what is at s already, the disk with its map or, to
+// be overwritten, the disk alone.
+func (d *Destination) prepare(s Spec) error {
+	if !d.overwrite {
+		disk, err := resume(s)
+		if err != nil {
+			return err
+		}
+		if disk != nil {
+			d.resumed = append(d.resumed, disk)
+			return nil
+		}
+	}
+	f, err := d.openExisting(s.Path)
+	if err == nil && f != nil {
+		d.opened[s.Path] = f
+	}
+	return err
+}
+
+// Resumed returns the disks of which a part is here, as their maps know. They
+// are the caller's to close.
+func (d *Destination) Resumed() []*Disk {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	disks := d.resumed
+	d.resumed = nil
+	return disks
 }
 
 // openExisting opens a disk that exists; nil if it does not.
@@ -85,14 +128,26 @@ func exists(path string) error {
 // Expected is how many disks the source has to send; 0 is any number.
 func (d *Destination) Expected() int { return len(d.specs) }
 
-// Open opens the disk that takes what the source calls name, of size bytes. A
-// file that does not exist is made, sparse; one that does is set to size; a
-// block device has to be large enough. The name comes from the other side.
-func (d *Destination) Open(name string, size int64) (*Disk, error) {
-	spec, err := d.find(name)
+// Open opens the disk that takes what the source announces, and makes its map.
+// A file that does not exist is made, sparse; one that does is set to the size;
+// a block device has to be large enough, and has a map only if --map says where.
+func (d *Destination) Open(a migrate.Announcement) (*Disk, error) {
+	spec, err := d.find(a.Name)
 	if err != nil {
 		return nil, err
 	}
+	disk, err := d.open(spec, int64(a.Size))
+	if err != nil {
+		return nil, err
+	}
+	if disk.Map, err = makeMap(disk, spec, a); err != nil {
+		return nil, errors.Join(err, disk.File.Close())
+	}
+	return disk, nil
+}
+
+func (d *Destination) open(spec Spec, size int64) (*Disk, error) {
+	var err error
 	d.mu.Lock()
 	f := d.opened[spec.Path]
 	delete(d.opened, spec.Path)
@@ -179,5 +234,9 @@ func (d *Destination) Close() error {
 		errs = append(errs, f.Close())
 	}
 	clear(d.opened)
+	for _, disk := range d.resumed {
+		errs = append(errs, disk.Close())
+	}
+	d.resumed = nil
 	return errors.Join(errs...)
 }

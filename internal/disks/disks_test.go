@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 )
 
 // parse makes specs of flags whose paths lie in dir.
@@ -19,6 +21,10 @@ func parse(t *testing.T, dir string, flags ...string) []Spec {
 	return specs
 }
 
+func announce(name string, size uint64) migrate.Announcement {
+	return migrate.Announcement{Name: name, Size: size, BlockSize: 4096}
+}
+
 func file(t *testing.T, path, content string) {
 	t.Helper()
 	require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
@@ -30,7 +36,7 @@ func TestMissingDiskIsMadeSparse(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, 1, set.Expected())
 	require.NoFileExists(t, dir+"/b.raw", "nothing is made before the source has said the size")
-	d, err := set.Open("from the source", 1<<30)
+	d, err := set.Open(announce("from the source", 1<<30))
 	require.NoError(t, err)
 	require.Equal(t, "from the source", d.Name)
 	require.True(t, d.KnownZero)
@@ -59,7 +65,7 @@ func TestOverwrittenDiskGetsTheSizeAndIsNotTakenForZero(t *testing.T) {
 			info, err := os.Stat(dir + "/b.raw")
 			require.NoError(t, err)
 			require.EqualValues(t, len(before), info.Size(), "nothing changes before the source has come")
-			d, err := set.Open("a", 8)
+			d, err := set.Open(announce("a", 8))
 			require.NoError(t, err)
 			require.False(t, d.KnownZero)
 			require.EqualValues(t, 8, d.Size())
@@ -94,17 +100,17 @@ func TestDisksAreFoundByName(t *testing.T) {
 	set, err := OpenDestination(parse(t, dir, "root=x.raw", "data.raw"), "", false)
 	require.NoError(t, err)
 	require.Equal(t, 2, set.Expected())
-	d, err := set.Open("root", 100)
+	d, err := set.Open(announce("root", 100))
 	require.NoError(t, err)
 	require.Equal(t, dir+"/x.raw", d.Path())
 	require.Equal(t, "root", d.Name)
 	require.NoError(t, d.Close())
-	_, err = set.Open("x", 100)
+	_, err = set.Open(announce("x", 100))
 	require.ErrorContains(t, err, `no --disk is called "x"`)
 
 	named, err := OpenDestination(parse(t, dir, "root=y.raw"), "", false)
 	require.NoError(t, err)
-	_, err = named.Open("other", 100)
+	_, err = named.Open(announce("other", 100))
 	require.ErrorContains(t, err, `no --disk is called "other"`)
 	require.NoFileExists(t, dir+"/y.raw")
 }
@@ -112,7 +118,7 @@ func TestDisksAreFoundByName(t *testing.T) {
 func TestSourceWithoutNameGetsTheFiles(t *testing.T) {
 	set, err := OpenDestination(parse(t, t.TempDir(), "b.raw"), "", false)
 	require.NoError(t, err)
-	d, err := set.Open("", 100)
+	d, err := set.Open(announce("", 100))
 	require.NoError(t, err)
 	require.Equal(t, "b", d.Name)
 	require.NoError(t, d.Close())
@@ -127,7 +133,7 @@ func TestHostileNameNeverBecomesAPath(t *testing.T) {
 	require.NoError(t, err)
 	require.Zero(t, set.Expected())
 	for _, name := range hostileNames {
-		_, err := set.Open(name, 100)
+		_, err := set.Open(announce(name, 100))
 		require.Error(t, err, "%.20q", name)
 	}
 	for _, d := range []string{outer, dir} {
@@ -135,15 +141,68 @@ func TestHostileNameNeverBecomesAPath(t *testing.T) {
 		require.NoError(t, err)
 		require.LessOrEqual(t, len(entries), 1)
 	}
-	d, err := set.Open("vm-1", 100)
+	d, err := set.Open(announce("vm-1", 100))
 	require.NoError(t, err)
 	require.Equal(t, dir+"/vm-1.raw", d.Path())
 	require.NoError(t, d.Close())
 
+	again, err := OpenDestination(nil, dir, false)
+	require.NoError(t, err)
+	resumed := again.Resumed()
+	require.Len(t, resumed, 1, "the disk and its map are here")
+	require.Equal(t, "vm-1", resumed[0].Name)
+	require.NoError(t, resumed[0].Close())
+	require.NoError(t, os.Remove(dir+"/vm-1.raw"+MapSuffix))
 	careful, err := OpenDestination(nil, dir, false)
 	require.NoError(t, err)
-	_, err = careful.Open("vm-1", 100)
+	_, err = careful.Open(announce("vm-1", 100))
 	require.ErrorContains(t, err, "exists")
+}
+
+// TestDiskThatDoesNotFitItsMapIsRefused is trap D7.
+func TestDiskThatDoesNotFitItsMapIsRefused(t *testing.T) {
+	for name, spoil := range map[string]func(disk, where string) error{
+		"shrunk":  func(disk, _ string) error { return os.Truncate(disk, 100) },
+		"grown":   func(disk, _ string) error { return os.Truncate(disk, 1<<20) },
+		"gone":    func(disk, _ string) error { return os.Remove(disk) },
+		"cut":     func(_, where string) error { return os.Truncate(where, 100) },
+		"foreign": func(_, where string) error { return os.WriteFile(where, []byte("somebody's"), 0o600) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			specs := parse(t, dir, "b.raw")
+			set, err := OpenDestination(specs, "", false)
+			require.NoError(t, err)
+			d, err := set.Open(announce("a", 8192))
+			require.NoError(t, err)
+			_, err = OpenDestination(specs, "", false)
+			require.ErrorContains(t, err, "in use", "trap D10")
+			require.NoError(t, d.Close())
+			disk, where := dir+"/b.raw", dir+"/b.raw"+MapSuffix
+			require.NoError(t, spoil(disk, where))
+			before, _ := os.ReadFile(where)
+			_, err = OpenDestination(specs, "", false)
+			require.Error(t, err)
+			after, _ := os.ReadFile(where)
+			require.Equal(t, before, after, "nothing was touched")
+		})
+	}
+}
+
+func TestOverwriteBeginsAnewWithItsOwnMap(t *testing.T) {
+	dir := t.TempDir()
+	specs := parse(t, dir, "b.raw")
+	for i, overwrite := range []bool{false, true} {
+		set, err := OpenDestination(specs, "", overwrite)
+		require.NoError(t, err)
+		require.Empty(t, set.Resumed())
+		a := announce("a", 8192)
+		a.Identity.Generation = uint64(i + 1)
+		d, err := set.Open(a)
+		require.NoError(t, err)
+		require.Equal(t, a.Identity.Generation, d.Map.Identity().Generation)
+		require.NoError(t, d.Close())
+	}
 }
 
 func TestBadDisksAreRefused(t *testing.T) {

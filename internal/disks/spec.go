@@ -21,6 +21,7 @@ type Spec struct {
 	Name  string // the disk's name on the wire and as an NBD export
 	Named bool   // the name was given; otherwise it is the file's
 	Path  string
+	Map   string // where its map lies; empty: beside it
 }
 
 // ParseSpec reads [NAME=]PATH. What comes before the first "=" is a name

@@ -26,6 +26,7 @@ type destDisk struct {
 
 	complete atomic.Bool
 	plain    bool         // the source is a plain Silo one
+	resumed  bool         // from an earlier process
 	heard    atomic.Bool  // the source knows that we are complete
 	received atomic.Int64 // bytes of content that came
 
@@ -75,7 +76,11 @@ func (d *destDisk) same(di *protocol.DevInfo) error {
 		return fmt.Errorf("disk %q was %d bytes in blocks of %d, the source now says %d in blocks of %d: it is another disk",
 			d.name, d.geo.size, d.geo.blockSize, di.Size, di.BlockSize)
 	}
-	if id := announcement(di).Identity; id != d.id {
+	switch id := announcement(di).Identity; {
+	case d.resumed && id == (Identity{}):
+		return fmt.Errorf("disk %q: the source does not say which disk it has, so it may be another: "+
+			"nothing was changed: use a source that keeps its identity, or begin anew with --overwrite", d.name)
+	case id != d.id:
 		return fmt.Errorf("disk %q came from %s, the source now has %s: it is another disk, or was written since; "+
 			"nothing was changed: give the right source, or begin anew with --overwrite", d.name, d.id, id)
 	}

@@ -87,7 +87,7 @@ func (d *Destination) Run(ctx context.Context, connect Connector) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var patience *time.Timer
-	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log}
+	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log, known: len(d.all()) > 0}
 	loop.session = func(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
 		greeted, err := d.session(ctx, conn)
 		if errors.Is(err, errUnheard) && patience == nil {
@@ -273,6 +273,7 @@ func (d *Destination) Resume(sourceName string, opened DestinationDisk) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("disk %q: %w", sourceName, err), opened.close())
 	}
+	disk.resumed = true
 	if err := d.add(sourceName, disk); err != nil {
 		return err
 	}

@@ -33,6 +33,7 @@ func (e *FatalError) Unwrap() error { return e.Err }
 type sessions struct {
 	connect   Connector
 	listening bool // connect accepts: a stranger that calls is not our end
+	known     bool // there was a connection to the other side, also in an earlier life
 	log       *slog.Logger
 	// session serves one connection, which it closes. greeted says that the
 	// other side spoke our protocol.
@@ -44,7 +45,6 @@ type sessions struct {
 // which the other side spoke our protocol that is every error, unless we are
 // the one who listens.
 func (s *sessions) run(ctx context.Context) error {
-	known := false
 	for retry := newBackoff(s.log); ; {
 		greeted, err := s.once(ctx)
 		var fatal *FatalError
@@ -55,11 +55,11 @@ func (s *sessions) run(ctx context.Context) error {
 			return context.Cause(ctx)
 		case errors.As(err, &fatal), errors.Is(err, net.ErrClosed) && s.listening && !greeted:
 			return err
-		case !greeted && !known && !s.listening:
+		case !greeted && !s.known && !s.listening:
 			return strange(err)
 		}
 		if greeted {
-			known = true
+			s.known = true
 			retry.reset()
 		}
 		if err := s.pause(ctx, retry, err); err != nil {

@@ -112,7 +112,7 @@ func TestSourceThatChangedIsRefused(t *testing.T) {
 		<-ready
 		src := newSource(t, SourceOptions{Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: other})
 		m := migrate(t, src, &destination{Destination: d}, newWires())
-		require.ErrorContains(t, <-m.errs, "another disk")
+		require.ErrorContains(t, <-m.errs, "nothing was changed")
 		m.stop()
 		require.ErrorIs(t, <-m.errs, context.Canceled)
 		m.wg.Wait()

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"cmp"
+
+	"github.com/spf13/cobra"
+
+	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/inspect"
+)
+
+func newInspectCommand() *cobra.Command {
+	var asJSON bool
+	var where string
+	cmd := &cobra.Command{
+		Use:   "inspect DISK",
+		Short: "Say what is here of a disk that is being received",
+		Long: `Reads the map beside a disk that dest receives or has received, and changes nothing:
+where it comes from, how much of it is here, what is missing, and whether the disk can be
+used without silo-nbd.`,
+		Args: arguments("DISK"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			report, err := inspect.Of(args[0], cmp.Or(where, args[0]+disks.MapSuffix))
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return report.WriteJSON(cmd.OutOrStdout())
+			}
+			return report.WriteText(cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	cmd.Flags().StringVar(&where, "map", "", "the map is at `PATH` (default: DISK"+disks.MapSuffix+")")
+	return cmd
+}

@@ -1,0 +1,104 @@
+// Package inspect says in words, or in JSON, what the map of a disk knows.
+package inspect
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+
+	"github.com/silo-nbd/silo-nbd/internal/units"
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+)
+
+// maxRuns is how many missing runs are listed in words; JSON has all.
+const maxRuns = 20
+
+// Run is a stretch of a disk, in bytes.
+type Run struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+// Report is what is known of a disk. Sizes are in bytes, the others in blocks.
+type Report struct {
+	Disk       string `json:"disk"`
+	Map        string `json:"map"`
+	State      string `json:"state"` // standby, live or complete
+	InUse      bool   `json:"in_use"`
+	Safe       bool   `json:"safe"` // the disk is whole and can be used without silo-nbd
+	Size       int64  `json:"size"`
+	BlockSize  int64  `json:"block_size"`
+	Name       string `json:"name"` // the source's
+	Device     string `json:"device"`
+	Source     string `json:"source"`
+	Generation uint64 `json:"generation"`
+	Fetched    int64  `json:"fetched"`
+	Written    int64  `json:"written"`
+	Partial    int64  `json:"partial"`
+	Missing    int64  `json:"missing"`
+	Runs       []Run  `json:"missing_runs"`
+}
+
+// Of reads the map at path, of disk, and changes nothing.
+func Of(disk, path string) (*Report, error) {
+	i, err := lazy.Inspect(path)
+	if err != nil {
+		return nil, err
+	}
+	r := &Report{
+		Disk: disk, Map: path, State: i.State.String(), InUse: i.InUse,
+		Safe: i.State == lazy.MapComplete && !i.InUse,
+		Size: i.Identity.Size, BlockSize: i.Identity.BlockSize, Name: i.Identity.Name,
+		Device: i.Identity.Device.String(), Source: i.Identity.Source.String(), Generation: i.Identity.Generation,
+		Fetched: i.Fetched, Written: i.Written, Partial: i.Partial, Missing: i.Missing,
+		Runs: []Run{},
+	}
+	i.EachMissing(func(off, length int64) bool {
+		r.Runs = append(r.Runs, Run{off, length})
+		return true
+	})
+	return r, nil
+}
+
+// WriteJSON writes the report as JSON.
+func (r *Report) WriteJSON(w io.Writer) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(r)
+}
+
+// WriteText writes the report in words.
+func (r *Report) WriteText(w io.Writer) error {
+	p := printer{w: w}
+	p.line("%s: %s, blocks of %s, called %q by its source", r.Disk, units.Human(r.Size), units.Human(r.BlockSize), r.Name)
+	p.line("state: %s", r.State)
+	p.line("source: %s, generation %d", r.Source, r.Generation)
+	p.line("blocks: %d fetched, %d written here, %d missing (%d of them partly written)", r.Fetched, r.Written, r.Missing, r.Partial)
+	for i, run := range r.Runs {
+		if i == maxRuns {
+			p.line("  and %d more runs: --json lists all", len(r.Runs)-maxRuns)
+			break
+		}
+		p.line("  missing: %d bytes at %d", run.Length, run.Offset)
+	}
+	switch {
+	case r.InUse:
+		p.line("in use: a dest has this disk now; the numbers are those of its last save")
+	case r.Safe:
+		p.line("safe: the disk is complete and can be used without silo-nbd; the map may be removed")
+	default:
+		p.line("not safe: the disk is not whole; run dest with it again to go on")
+	}
+	return p.err
+}
+
+type printer struct {
+	w   io.Writer
+	err error
+}
+
+func (p *printer) line(format string, args ...any) {
+	if p.err == nil {
+		_, p.err = fmt.Fprintf(p.w, format+"\n", args...)
+	}
+}
