@@ -14,6 +14,12 @@
 // state is ever ahead of the disk. A claim is held over the disk I/O of its
 // blocks and over nothing else: not over the network, a callback or a wait.
 //
+// With a Map the state survives the process and the power. A bit is in the map
+// only after a sync of the disk that began when the data was written; a flush
+// takes the bits that have changed, syncs the disk, writes just these bits and
+// syncs the map. A failure of either is final: nothing is acknowledged after it.
+// The format is in docs/MAP.md.
+//
 // The package knows neither NBD nor the protocol. The client's hand is the
 // methods of Device, the source's hand is Stream, and what the device needs of a
 // source is the interface Source.
