@@ -27,6 +27,9 @@ const (
 	shakeTimeout = 10 * time.Second
 	// maxShaking is how many may be about to at once; others wait to be accepted.
 	maxShaking = 64
+	// acceptPause is before the next try when a connection could not be accepted,
+	// as without a file descriptor left.
+	acceptPause = 50 * time.Millisecond
 )
 
 // Ends gives connections to the other end.
@@ -148,8 +151,13 @@ func (a *acceptor) acceptLoop(ctx context.Context) {
 	for {
 		conn, err := a.ln.Accept()
 		if err != nil {
-			a.err = err
-			return
+			if !passes(err) || ctx.Err() != nil {
+				a.err = err
+				return
+			}
+			a.log.Warn("cannot accept a connection now", "error", err)
+			_ = pause(ctx, acceptPause) // cut short, the listener is closed and says so
+			continue
 		}
 		if a.certs == nil {
 			a.hand(ctx, conn, conn)
@@ -166,6 +174,14 @@ func (a *acceptor) acceptLoop(ctx context.Context) {
 			a.shake(ctx, conn)
 		})
 	}
+}
+
+// passes says whether an error of Accept is of this moment, as EMFILE, and not
+// the end of the listener.
+func passes(err error) bool {
+	var ne net.Error
+	//lint:ignore SA1019 it is what tells EMFILE and its like from the end of the listener
+	return errors.As(err, &ne) && ne.Temporary()
 }
 
 // shake makes a connection one of TLS and hands it on.

@@ -7,8 +7,10 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,6 +159,61 @@ func TestCloseEndsAccepting(t *testing.T) {
 	require.ErrorIs(t, err, net.ErrClosed)
 	_, err = conn.Read(make([]byte, 1))
 	require.Error(t, err, "the one that nobody took is closed")
+}
+
+// brieflyBroken fails with the errors that it has left, then accepts.
+type brieflyBroken struct {
+	net.Listener
+	errs []error
+}
+
+func (l *brieflyBroken) Accept() (net.Conn, error) {
+	if len(l.errs) == 0 {
+		return l.Listener.Accept()
+	}
+	err := l.errs[0]
+	l.errs = l.errs[1:]
+	return nil, err
+}
+
+// A process that is out of file descriptors for a moment goes on accepting: the
+// migration could not have another connection ever again.
+func TestAcceptingOutlivesErrorsThatPass(t *testing.T) {
+	ln, a := listener(t)
+	var log bytes.Buffer
+	failed := func(err syscall.Errno) error {
+		return &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", err)}
+	}
+	broken := &brieflyBroken{ln, []error{failed(syscall.EMFILE), failed(syscall.ENFILE), failed(syscall.EMFILE)}}
+	ends := Accept(broken, nil, slog.New(slog.NewTextHandler(&log, nil)))
+	ours, err := a.Dial(t.Context())
+	require.NoError(t, err)
+	defer ours.Close()
+	theirs, err := ends.Next(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, theirs.Close())
+	require.NoError(t, ends.Close())
+	require.Equal(t, 3, strings.Count(log.String(), "cannot accept a connection now"), log.String())
+}
+
+// Close does not wait out the pause between two tries, and an error that lasts
+// ends accepting with its reason.
+func TestErrorsOfAcceptEndWithClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ln := &oneListener{closed: make(chan struct{})}
+		passing := &net.OpError{Op: "accept", Err: syscall.EMFILE}
+		ends := Accept(&brieflyBroken{ln, []error{passing, passing, passing}}, nil, slog.New(slog.DiscardHandler))
+		synctest.Wait()
+		began := time.Now()
+		require.NoError(t, ends.Close())
+		require.Zero(t, time.Since(began))
+
+		ln = &oneListener{closed: make(chan struct{})}
+		ends = Accept(&brieflyBroken{ln, []error{errRefused}}, nil, slog.New(slog.DiscardHandler))
+		_, err := ends.Next(t.Context())
+		require.ErrorIs(t, err, errRefused)
+		require.NoError(t, ends.Close())
+	})
 }
 
 // directory is one for TLS, of the authority a.
