@@ -41,6 +41,9 @@ const (
 	// maxOutbox is how many bytes of answers wait for the socket before those
 	// who answer have to wait too.
 	maxOutbox = 64 << 10
+	// maxUrgentRun is how many urgent packets in a row go before a bulk packet that
+	// waits.
+	maxUrgentRun = 32
 	// maxCoalesced is the longest payload that is copied behind its head rather
 	// than written beside it, in bytes: below it the copy is the cheaper one.
 	maxCoalesced = 4 << 10

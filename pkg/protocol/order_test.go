@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -183,6 +184,56 @@ func TestUrgentGoesFirst(t *testing.T) {
 		}
 		require.Equal(t, []byte{16, 32, 0, 2, 4}, offs)
 		_ = a.Close()
+	})
+}
+
+// A block that is on its way as bulk data may be the one that somebody waits for
+// by now. However much goes before it, it arrives, after a bounded number of
+// urgent packets.
+func TestABulkPacketIsNotOvertakenForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := net.Pipe()
+		p := NewProtocolRW(t.Context(), b, b, nil)
+		handle(t, p)
+		to := NewToProtocol(1<<20, 1, p)
+		var stop atomic.Bool
+		var wg sync.WaitGroup
+		defer func() {
+			stop.Store(true)
+			_ = a.Close()
+			wg.Wait()
+		}()
+		wg.Go(func() {
+			if err := to.SendDevInfo("d", 512, ""); err != nil {
+				t.Error(err)
+			}
+		})
+		raw := &rawPeer{t: t, conn: a, got: make(chan packet)} // takes one packet at a time
+		go raw.readLoop()
+		raw.next()
+		synctest.Wait()
+		send := func(pri Priority, off int64) {
+			for !stop.Load() && to.StartWrite(pri, fill(512, 0), off, ignored{}) == nil && pri == PriorityUrgent {
+			}
+		}
+		for range 3 { // of three disks with demand, two wait whenever one has the socket
+			wg.Go(func() { send(PriorityUrgent, 0) })
+			synctest.Wait()
+		}
+		wg.Go(func() { send(PriorityBulk, 4096) })
+		wg.Go(func() { send(PriorityBulk, 4096) })
+		synctest.Wait()
+		var ahead []int
+		for n := 0; len(ahead) < 2; n++ {
+			require.LessOrEqual(t, n, 2*maxUrgentRun, "a bulk packet waits while as many urgent ones have gone")
+			synctest.Wait() // everybody who wants the socket waits for it
+			if raw.next().body[3] != 0 {
+				ahead = append(ahead, n)
+				n = -1
+			}
+		}
+		require.Greater(t, ahead[0], maxUrgentRun/2, "and urgent ones do go first")
+		require.Equal(t, maxUrgentRun, ahead[1])
 	})
 }
 

@@ -16,12 +16,13 @@ const (
 	// PriorityBulk is for data that nobody waits for yet.
 	PriorityBulk Priority = iota
 	// PriorityUrgent is for data that was asked for; control packets and answers
-	// have it too.
+	// have it too. Of every maxUrgentRun and one packets one is bulk, if one waits.
 	PriorityUrgent
 )
 
 // sender is the right to write to the connection. It is handed to urgent
-// packets first. It is no mutex, since it is held over the write.
+// packets first, but not for ever: somebody may have asked for a block that is
+// on its way as bulk data. It is no mutex, since it is held over the write.
 type sender struct {
 	w io.Writer
 
@@ -29,9 +30,11 @@ type sender struct {
 	urgent sync.Cond
 	bulk   sync.Cond
 	// Guarded by mu:
-	busy    bool
-	waiting int // urgent ones
-	closed  bool
+	busy        bool
+	waiting     int // urgent ones
+	waitingBulk int
+	overtaken   int // urgent ones in a row that went before a bulk one that waited
+	closed      bool
 
 	// Used by the holder alone:
 	head []byte
@@ -51,14 +54,20 @@ func (s *sender) acquire(pri Priority) bool {
 	defer s.mu.Unlock()
 	if pri == PriorityUrgent {
 		s.waiting++
-		for s.busy && !s.closed {
+		for (s.busy || s.bulkTurnLocked()) && !s.closed {
 			s.urgent.Wait()
 		}
 		s.waiting--
+		if s.waitingBulk > 0 {
+			s.overtaken++
+		}
 	} else {
-		for (s.busy || s.waiting > 0) && !s.closed {
+		s.waitingBulk++
+		for (s.busy || s.waiting > 0 && !s.bulkTurnLocked()) && !s.closed {
 			s.bulk.Wait()
 		}
+		s.waitingBulk--
+		s.overtaken = 0
 	}
 	if s.closed {
 		return false
@@ -67,11 +76,16 @@ func (s *sender) acquire(pri Priority) bool {
 	return true
 }
 
+// bulkTurnLocked says that a bulk packet has been overtaken often enough.
+func (s *sender) bulkTurnLocked() bool {
+	return s.waitingBulk > 0 && s.overtaken >= maxUrgentRun
+}
+
 func (s *sender) release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.busy = false
-	if s.waiting > 0 {
+	if s.waiting > 0 && !s.bulkTurnLocked() {
 		s.urgent.Signal()
 	} else {
 		s.bulk.Signal()
