@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // alive is a machine with a program that runs on it.
@@ -163,6 +164,41 @@ func TestD12MaskGoneBeforeTheFlushTookIt(t *testing.T) {
 	a.cut(false, false)
 	mustWrite(t, a.s, 0, filled(9, 8*testBlock))
 	mustRead(t, a.d, testBlock, slices.Concat(filled(1, 512), filled(2, 512), filled(1, testBlock-1024)))
+}
+
+// D12: a client sees a block as fetched before the block's page is marked as
+// changed, writes to it and flushes: the flush waits for the mark. Taking marks
+// without the lock fails it.
+func TestD12FlushWaitsForTheMarkOfABitThatWasSeen(t *testing.T) {
+	a := newAlive(t, 8, Options{})
+	s := a.d.state
+	copy(a.disk.now, filled(1, testBlock)) // it arrives, and its bit is set
+	copy(a.disk.durable, filled(1, testBlock))
+	s.changes.begin()
+	s.fetched[0].Or(1)
+	s.local.Add(1)
+	flushed := make(chan struct{})
+	go func() {
+		defer close(flushed)
+		if _, err := a.d.WriteAt(filled(2, 512), 512); err != nil {
+			t.Error(err)
+		}
+		if err := a.d.Sync(); err != nil {
+			t.Error(err)
+		}
+	}()
+	select {
+	case <-flushed:
+	case <-time.After(50 * time.Millisecond): // as it should be
+	}
+	s.changes.end(regionFetched, 0, 1)
+	<-flushed
+	a.cut(false, false)
+	if st := a.d.Stats(); st.Fetched != 1 {
+		t.Errorf("after the power cut: %+v", st)
+	}
+	mustWrite(t, a.s, 0, filled(1, testBlock))
+	mustRead(t, a.d, 512, filled(2, 512))
 }
 
 // D12: a process is killed after it wrote the map and before it synced it. The
