@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,10 +31,10 @@ type destDisk struct {
 
 	mu sync.Mutex
 	// Guarded by mu:
-	attached int                // connections that feed it: 0 or 1
-	sessions int                // connections so far
-	refused  map[int64]struct{} // blocks that came and were not taken, and have not come again since
-	err      error              // why the last of them was not
+	attached int   // connections that feed it: 0 or 1
+	sessions int   // connections so far
+	refused  span  // the first blocks that came and were not taken, and have not come again since
+	err      error // why they were not
 }
 
 // newDestDisk makes the device that takes what a announces into opened.
@@ -50,7 +49,6 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 	}
 	d := &destDisk{
 		name: cmp.Or(opened.Name, a.Name), geo: geo, id: a.Identity, store: opened, plain: plain, log: log,
-		refused: make(map[int64]struct{}),
 	}
 	d.dev, err = lazy.New(store, lazy.Options{
 		BlockSize: geo.blockSize,
@@ -92,9 +90,16 @@ func (d *destDisk) attach(from *protocol.FromProtocol) *lazy.Stream {
 	d.attached++
 	d.sessions++
 	d.err = nil
-	clear(d.refused)
+	d.refused = span{}
 	d.mu.Unlock()
 	return d.dev.Attach(asker{from, d.log})
+}
+
+// fed says whether a source was attached since the start.
+func (d *destDisk) fed() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.sessions > 0
 }
 
 func (d *destDisk) detach(s *lazy.Stream) {
@@ -108,15 +113,11 @@ func (d *destDisk) detach(s *lazy.Stream) {
 func (d *destDisk) refuse(off, length int64, err error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.refused) == 0 {
+	if d.err == nil {
 		d.log.Error("the disk does not take what comes; it will be sent again", "disk", d.name, "error", err)
+		d.refused, _ = d.geo.touching(off, length)
+		d.err = err
 	}
-	if s, ok := d.geo.touching(off, length); ok {
-		for b := s.from; b < s.to; b++ {
-			d.refused[b] = struct{}{}
-		}
-	}
-	d.err = err
 	return err
 }
 
@@ -125,15 +126,22 @@ func (d *destDisk) take(off, length int64) {
 	d.received.Add(length)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.refused) == 0 {
+	if d.err == nil {
 		return
 	}
-	maps.DeleteFunc(d.refused, func(b int64, _ struct{}) bool {
-		return b*d.geo.blockSize >= off && b*d.geo.blockSize < off+length
-	})
-	if len(d.refused) == 0 {
+	if s, ok := d.geo.inside(off, length); ok && s.from <= d.refused.from && s.to > d.refused.from {
+		d.refused.from = min(s.to, d.refused.to)
+	}
+	if d.refused.from == d.refused.to {
 		d.err = nil
 	}
+}
+
+// fail notes that the disk cannot be completed, which no connection mends.
+func (d *destDisk) fail(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.refused, d.err = span{0, d.geo.blocks}, err
 }
 
 // refusal returns why blocks that came were not taken, if some were not and
@@ -219,6 +227,9 @@ func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 		return
 	}
 	if err := a.disk.dev.Complete(); err != nil {
+		if !errors.As(err, new(*lazy.IncompleteError)) {
+			a.disk.fail(err)
+		}
 		answer(fmt.Errorf("the source says that disk %q is complete: %w", a.disk.name, err))
 		return
 	}
@@ -233,13 +244,12 @@ func (a *arrivals) HandleRemoveDev() {
 	a.disk.heard.Store(a.disk.complete.Load())
 }
 
-// claim tells the source of every run that is here.
-func (a *arrivals) claim() (err error) {
+// claim tells the source of every run that is here. It stops where the
+// connection does; the next one is told all of it.
+func (a *arrivals) claim() {
 	a.disk.dev.EachLocal(func(off, length int64) bool {
-		err = a.from.DontNeedAt(off, length)
-		return err == nil
+		return a.from.DontNeedAt(off, length) == nil
 	})
-	return err
 }
 
 // asker lets the device ask the source that is at the other end of a

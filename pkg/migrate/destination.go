@@ -17,8 +17,12 @@ import (
 )
 
 // maxDisks bounds how many disks a source may bring to a Destination that
-// takes as many as come.
-const maxDisks = 256
+// takes as many as come, and maxBlocks of how many blocks all of them may be:
+// each costs memory here.
+const (
+	maxDisks  = 256
+	maxBlocks = 1 << 28
+)
 
 // DestinationDisk is the storage that takes one disk.
 type DestinationDisk struct {
@@ -139,14 +143,25 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 	return s.hello.said(), err
 }
 
-// weigh makes a refusal the end of Run, unless it is for what a stranger said
-// who called us.
+// weigh makes a refusal the end of Run, but not for what a stranger said who
+// called us, and not while there are devices that somebody may use.
 func (d *Destination) weigh(refusal error) error {
 	var local *localError
-	if d.opts.Listening && !errors.As(refusal, &local) {
-		return refusal
+	if errors.As(refusal, &local) || !d.opts.Listening && !d.served() {
+		return &FatalError{refusal}
 	}
-	return &FatalError{refusal}
+	d.log.Error("the source was refused", "error", refusal)
+	return refusal
+}
+
+// served says whether a source has fed a disk since the start.
+func (d *Destination) served() bool {
+	for _, disk := range d.all() {
+		if disk.fed() {
+			return true
+		}
+	}
+	return false
 }
 
 // localError says that the trouble is on this side.
@@ -224,7 +239,10 @@ func (d *Destination) Close() error {
 // before, or a new one.
 func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, err error) {
 	d.mu.Lock()
-	known, closed, n := d.byName[di.Name], d.closed, len(d.disks)
+	known, closed, n, blocks := d.byName[di.Name], d.closed, len(d.disks), int64(0)
+	for _, disk := range d.disks {
+		blocks += disk.geo.blocks
+	}
 	d.mu.Unlock()
 	switch {
 	case closed:
@@ -236,6 +254,14 @@ func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, er
 	case n >= maxDisks:
 		return nil, false, fmt.Errorf("the source brings more than %d disks", maxDisks)
 	}
+	geo, err := newGeometry(int64(di.Size), int64(di.BlockSize))
+	if err != nil {
+		return nil, false, fmt.Errorf("disk %q: the source announces %w", di.Name, err)
+	}
+	if blocks+geo.blocks > maxBlocks {
+		return nil, false, fmt.Errorf("disk %q: %d blocks of %d bytes are more than are taken: let the source use a larger --block-size",
+			di.Name, geo.blocks, geo.blockSize)
+	}
 	disk, err = d.open(di)
 	if err != nil {
 		return nil, false, err
@@ -245,17 +271,14 @@ func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, er
 
 // open makes the device for a disk that is new.
 func (d *Destination) open(di *protocol.DevInfo) (*destDisk, error) {
-	if _, err := newGeometry(int64(di.Size), int64(di.BlockSize)); err != nil {
-		return nil, fmt.Errorf("disk %q: the source announces %w", di.Name, err)
-	}
 	a := announcement(di)
 	opened, err := d.opts.Open(a)
 	if err != nil {
-		return nil, &localError{fmt.Errorf("disk %q: %w", di.Name, err)}
+		return nil, fmt.Errorf("disk %q: %w", di.Name, err)
 	}
 	disk, err := newDestDisk(a, di.Extension == nil, opened, d.log)
 	if err != nil {
-		return nil, &localError{errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.close())}
+		return nil, errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.close())
 	}
 	return disk, nil
 }

@@ -22,6 +22,7 @@ type destSession struct {
 
 // newDevice is told of a device that the source has begun to speak of.
 func (s *destSession) newDevice(p protocol.Protocol, dev uint32) {
+	s.hello.say() // a DevInfo has come
 	// The factory runs when DevInfo has come, which may be before
 	// NewFromProtocol has returned.
 	made := make(chan struct{})
@@ -45,13 +46,13 @@ func (s *destSession) accept(di *protocol.DevInfo, from *protocol.FromProtocol) 
 	if err != nil {
 		return nil, err
 	}
-	s.hello.say()
 	a, err := s.attach(disk, from)
 	if err != nil {
 		return nil, err
 	}
 	if !fresh {
-		return a, a.claim()
+		a.claim()
+		return a, nil
 	}
 	s.dest.log.Info("receiving", "disk", disk.name, "bytes", disk.geo.size, "block", disk.geo.blockSize)
 	if err := s.dest.opts.Ready(disk.name, disk.dev); err != nil {

@@ -25,7 +25,7 @@ const (
 	DefaultBlockSize = 64 << 10
 	// MinBlockSize and MaxBlockSize bound what both ends accept.
 	MinBlockSize = 512
-	MaxBlockSize = 32 << 20
+	MaxBlockSize = 16 << 20
 )
 
 // ErrClosed says that the Source or the Destination was closed.

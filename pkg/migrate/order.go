@@ -88,6 +88,7 @@ func (o *order) ask(off, length int64) {
 			continue
 		}
 		o.asked.set(b)
+		delete(o.unneeded, b)
 		if o.reviveLocked(b) {
 			fresh = true
 		}
@@ -146,6 +147,7 @@ func (o *order) drop(off, length int64) {
 	maps.DeleteFunc(o.attempts, func(b int64, _ int) bool {
 		return b >= s.from && b < s.to && !o.flying.get(b)
 	})
+	notify(o.bulkWake) // the rest may have waited for one of these
 	o.settleLocked()
 }
 
@@ -213,12 +215,29 @@ func (o *order) peekBulk() (block int64, hint, ok bool) {
 	if o.left == 0 {
 		return 0, false, false
 	}
+	if len(o.attempts) > 0 {
+		b, ok := o.retryLocked()
+		return b, false, ok
+	}
 	b := o.pending.next(o.cursor)
 	if b < 0 {
 		b = o.pending.next(0)
 	}
 	o.cursor = b
 	return b, false, true
+}
+
+// retryLocked returns the first of the blocks that have failed and are due.
+// While there are such, or delayed ones, the rest waits: a disk that takes
+// nothing shows itself in seconds, whatever its size, and what has failed stays
+// little.
+func (o *order) retryLocked() (block int64, ok bool) {
+	for b := range o.attempts {
+		if o.pending.get(b) && (!ok || b < block) {
+			block, ok = b, true
+		}
+	}
+	return block, ok
 }
 
 // takeBulk takes the run of pending blocks that begins at from, at most limit
@@ -267,6 +286,7 @@ func (o *order) done(s span) {
 			delete(o.attempts, b)
 			delete(o.unneeded, b)
 		}
+		notify(o.bulkWake) // the rest may go on
 	}
 	o.settleLocked()
 }

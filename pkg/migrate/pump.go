@@ -24,8 +24,13 @@ const (
 	// Of a destination that knows our extension these many are asked.
 	bulkPackets   = 256
 	demandPackets = 64
-	// maxZeroRun is the most that one zero run covers, in bytes.
-	maxZeroRun = 1 << 30
+	// A hole travels as zero runs, a few at a time. A run is from firstZeroRun to
+	// maxZeroRun long, in bytes, so long that the destination is done with it in
+	// about zeroTime: what is asked for meanwhile waits behind it there.
+	firstZeroRun = 8 << 20
+	maxZeroRun   = 1 << 30
+	zeroSlots    = 2
+	zeroTime     = 10 * time.Millisecond
 	// wayTime is how long a packet of the background waits for demand in flight.
 	wayTime = 2 * time.Millisecond
 	// zeroCost is what a zero run counts for in the window: it measures nothing.
@@ -56,6 +61,9 @@ type pump struct {
 	demandOut    atomic.Int64  // demand packets in flight
 	demandLanded chan struct{} // capacity 1: the last of them has landed
 	demandSlots  chan struct{} // capacity demandPackets; one taken for each demand packet in flight
+	holes        chan struct{} // capacity zeroSlots; one taken for each zero run of a hole in flight
+	zeroRun      atomic.Int64  // bytes of the next of them
+	zeroBest     atomic.Int64  // nanoseconds of the quickest answer to one
 	flights      sync.Pool     // of *flight
 	greeted      func()        // called for every answer
 	paidAt       time.Time     // when the rate allows the next packet; bulkLoop's
@@ -75,10 +83,12 @@ func newPump(disk SourceDisk, o *order, to sender, w *window, l *rate.Limiter, c
 		disk: disk, order: o, to: to, window: w, limiter: l, counts: c, greeted: greeted,
 		demandSlots:  make(chan struct{}, demandPackets),
 		demandLanded: make(chan struct{}, 1),
+		holes:        make(chan struct{}, zeroSlots),
 		failed:       make(chan struct{}),
 	}
 	p.flights.New = func() any { return &flight{pump: p} }
 	p.runBytes.Store(o.geo.blockSize)
+	p.zeroRun.Store(max(firstZeroRun, o.geo.blockSize))
 	for range demandPackets - plainDemandPackets {
 		p.demandSlots <- struct{}{} // a plain peer until it says otherwise
 	}
@@ -120,7 +130,7 @@ func (p *pump) bulkLoop(ctx context.Context) error {
 			continue
 		}
 		if !hint && time.Now().Before(p.paidAt) {
-			if err := p.waitRate(ctx); err != nil {
+			if err := p.waitRate(ctx, delayed); err != nil {
 				return err
 			}
 			continue // a hint may have come
@@ -165,14 +175,10 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 	if err != nil {
 		return p.fail(err)
 	}
-	cost := limit * p.order.geo.blockSize
 	if hole {
-		cost = zeroCost
-		if p.runBytes.Load() == p.order.geo.blockSize {
-			limit = 1 // a plain peer takes one block
-		}
+		return p.sendHole(ctx, from, limit)
 	}
-	if err := p.window.await(ctx, cost); err != nil {
+	if err := p.window.await(ctx, limit*p.order.geo.blockSize); err != nil {
 		return err
 	}
 	p.giveWay(ctx)
@@ -180,10 +186,57 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 	if !ok {
 		return nil // demand was faster
 	}
-	if hole {
+	return p.sendData(ctx, r, s, protocol.PriorityBulk)
+}
+
+// sendHole sends a zero run of at most limit blocks from block from on.
+func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
+	if err := p.window.await(ctx, zeroCost); err != nil {
+		return err
+	}
+	if p.runBytes.Load() == p.order.geo.blockSize { // a plain peer takes one block
+		s, ok := p.order.takeBulk(from, 1)
+		if !ok {
+			return nil
+		}
 		return p.sendZeroes(ctx, s, protocol.PriorityBulk)
 	}
-	return p.sendData(ctx, r, s, protocol.PriorityBulk)
+	select {
+	case p.holes <- struct{}{}:
+	case <-p.failed:
+		return p.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	s, ok := p.order.takeBulk(from, min(limit, p.zeroRun.Load()/p.order.geo.blockSize))
+	if !ok {
+		<-p.holes
+		return nil // demand was faster
+	}
+	f, err := p.takeOff(ctx, s, zeroCost, protocol.PriorityBulk)
+	if err != nil {
+		return err
+	}
+	f.hole = true
+	off, length := p.order.geo.bytes(s)
+	return f.sent(p.to.StartZero(protocol.PriorityBulk, off, length, f))
+}
+
+// holeLanded makes the next zero run longer or shorter by what this one took.
+func (p *pump) holeLanded(took time.Duration) {
+	<-p.holes
+	best := p.zeroBest.Load()
+	if best == 0 || int64(took) < best {
+		best = int64(took)
+		p.zeroBest.Store(best)
+	}
+	run := p.zeroRun.Load()
+	if int64(took)-best < int64(zeroTime) {
+		run = min(2*run, maxZeroRun)
+	} else {
+		run = max(run/2, firstZeroRun/8, p.order.geo.blockSize)
+	}
+	p.zeroRun.Store(run)
 }
 
 // giveWay lets demand in flight have the processors and the path for a moment
@@ -210,10 +263,14 @@ func (p *pump) packet() int64 {
 	return n
 }
 
-// waitRate waits until what the background has sent fits the rate, or a hint
-// may have come.
-func (p *pump) waitRate(ctx context.Context) error {
-	t := time.NewTimer(time.Until(p.paidAt))
+// waitRate waits until what the background has sent fits the rate, a hint may
+// have come, or a block that failed is due (delayed, if not 0).
+func (p *pump) waitRate(ctx context.Context, delayed time.Duration) error {
+	wait := time.Until(p.paidAt)
+	if delayed > 0 {
+		wait = min(wait, delayed)
+	}
+	t := time.NewTimer(wait)
 	defer t.Stop()
 	return p.waitFor(ctx, t.C)
 }
@@ -297,7 +354,7 @@ func (p *pump) sendZeroes(ctx context.Context, s span, pri protocol.Priority) er
 // the rate before it took the blocks.
 func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priority) (*flight, error) {
 	f := p.flights.Get().(*flight)
-	f.span, f.demand = s, pri == protocol.PriorityUrgent
+	f.span, f.demand, f.hole = s, pri == protocol.PriorityUrgent, false
 	if !f.demand {
 		p.owe(n)
 		f.mark = p.window.begin(n)
@@ -346,6 +403,7 @@ type flight struct {
 	pump   *pump
 	span   span
 	demand bool
+	hole   bool // a zero run of a hole
 	mark   flightMark
 }
 
@@ -386,6 +444,9 @@ func (f *flight) land(ok bool) {
 		}
 	} else {
 		p.window.release(f.mark, ok)
+	}
+	if f.hole {
+		p.holeLanded(time.Since(f.mark.sentAt))
 	}
 	p.flights.Put(f)
 }

@@ -16,7 +16,12 @@ const (
 	// retryLogEvery is how often a line says that we still try to connect.
 	retryLogEvery = time.Minute
 	// greetTimeout is how long a new peer may take to say its first word.
-	greetTimeout = 10 * time.Second
+	// It is longer than a dead connection takes to be noticed at the other end,
+	// which may be busy with one.
+	greetTimeout = 20 * time.Second
+	// longSession is how long a connection has to last for the next failure to
+	// be the first in a row.
+	longSession = 10 * time.Second
 )
 
 // errSilent says that a peer took the connection and then said nothing.
@@ -46,6 +51,7 @@ type sessions struct {
 // the one who listens.
 func (s *sessions) run(ctx context.Context) error {
 	for retry := newBackoff(s.log); ; {
+		began := time.Now()
 		greeted, err := s.once(ctx)
 		var fatal *FatalError
 		switch {
@@ -60,7 +66,9 @@ func (s *sessions) run(ctx context.Context) error {
 		}
 		if greeted {
 			s.known = true
-			retry.reset()
+			if time.Since(began) > longSession {
+				retry.reset()
+			}
 		}
 		if err := s.pause(ctx, retry, err); err != nil {
 			return err

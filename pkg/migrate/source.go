@@ -175,9 +175,6 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 	group, ctx := errgroup.WithContext(ctx)
 	shared := newWindow(s.opts.BlockSize, plainBulkPackets)
 	for i, d := range s.disks {
-		if d.isComplete() {
-			continue
-		}
 		group.Go(func() error {
 			err := s.move(ctx, d, p, firstDevice+uint32(i), shared, hello)
 			if err != nil {
@@ -276,7 +273,7 @@ func (d *sourceDisk) begin() *order {
 	o := newOrder(d.geo)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.order, d.connected = o, true
+	d.order, d.connected, d.complete = o, true, false
 	return o
 }
 

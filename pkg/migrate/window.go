@@ -89,8 +89,11 @@ func (w *window) begin(n int64) flightMark {
 
 // roomLocked says whether n more bytes may fly. One packet always may.
 func (w *window) roomLocked(n int64) bool {
-	if w.packets == 0 {
+	switch {
+	case w.packets == 0:
 		return true
+	case n == 0: // measures nothing, so it cannot end a probe either
+		return w.packets < int64(w.maxPackets)
 	}
 	return !w.probing && w.packets < int64(w.maxPackets) && w.bytes+n <= w.limitLocked()
 }
