@@ -72,6 +72,13 @@ func (p *process) begin(what string) (last bool, err error) {
 	return false, nil
 }
 
+// done is the operations so far.
+func (p *process) done() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log[:len(p.log):len(p.log)]
+}
+
 func (p *process) isDead() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

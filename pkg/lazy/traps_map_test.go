@@ -86,11 +86,11 @@ func TestD1MapFollowsTheDisk(t *testing.T) {
 	}
 	a.sync()
 	a.p.hook = nil
-	if log := a.p.log; !slices.Equal(log[len(log)-5:], []string{"sync disk", "write map", "read map", "write map", "sync map"}) {
+	if log := a.p.done(); !slices.Equal(log[len(log)-5:], []string{"sync disk", "write map", "read map", "write map", "sync map"}) {
 		t.Errorf("a flush did %v", log)
 	}
 	a.sync()
-	if log := a.p.log; !slices.Equal(log[len(log)-2:], []string{"sync map", "sync disk"}) {
+	if log := a.p.done(); !slices.Equal(log[len(log)-2:], []string{"sync map", "sync disk"}) {
 		t.Errorf("a flush with nothing new did %v", log)
 	}
 }
@@ -320,7 +320,7 @@ func TestD9CompleteMeansOnStableStorage(t *testing.T) {
 		mustWrite(t, a.d, 3*testBlock, filled(2, testBlock))
 		mustWrite(t, a.s, 0, filled(1, 8*testBlock))
 		a.p.r = rand.New(rand.NewPCG(uint64(n), 1))
-		a.p.endAt = len(a.p.log) + n
+		a.p.endAt = len(a.p.done()) + n
 		err := a.d.Complete()
 		died := a.p.isDead()
 		for range 8 {
@@ -350,7 +350,7 @@ func TestM7LiveIsDurable(t *testing.T) {
 	for n := 0; ; n++ {
 		a := newAlive(t, 8, Options{Standby: true})
 		a.p.r = rand.New(rand.NewPCG(uint64(n), 1))
-		a.p.endAt = len(a.p.log) + n
+		a.p.endAt = len(a.p.done()) + n
 		err := a.d.GoLive()
 		died := a.p.isDead()
 		if (err == nil) != a.d.isLive.Load() {
@@ -375,11 +375,11 @@ func TestM13TakenBackIsDurableFirst(t *testing.T) {
 		if err := a.s.Flush(); err != nil {
 			t.Fatal(err)
 		}
-		n := len(a.p.log)
+		n := len(a.p.done())
 		if err := a.s.DirtyList([]uint32{5, 2, 3}); err != nil {
 			t.Fatal(err)
 		}
-		if log := a.p.log[n:]; !slices.Equal(log, []string{"read map", "write map", "sync map"}) {
+		if log := a.p.done()[n:]; !slices.Equal(log, []string{"read map", "write map", "sync map"}) {
 			t.Errorf("a dirty list did %v: it need not wait for the disk", log)
 		}
 		mustWrite(t, a.s, 2*testBlock, filled(2, testBlock))
@@ -454,21 +454,21 @@ func TestBitsFollowWithoutAFlush(t *testing.T) {
 		mustWrite(t, a.s, 0, filled(1, testBlock))
 		pass(saveEvery / 2)
 		mustWrite(t, a.d, testBlock, filled(1, 512))
-		n := len(a.p.log)
+		n := len(a.p.done())
 		pass(saveEvery)
-		if log := a.p.log[n:]; !slices.Equal(log, []string{"sync disk", "write map", "read map", "write map", "sync map"}) {
+		if log := a.p.done()[n:]; !slices.Equal(log, []string{"sync disk", "write map", "read map", "write map", "sync map"}) {
 			t.Errorf("%v after a change: %v", saveEvery, log)
 		}
-		n = len(a.p.log)
+		n = len(a.p.done())
 		pass(100 * saveEvery)
-		if log := a.p.log[n:]; len(log) != 0 {
+		if log := a.p.done()[n:]; len(log) != 0 {
 			t.Errorf("with nothing new: %v", log)
 		}
 		mustWrite(t, a.d, testBlock+1024, filled(1, 512))
 		a.sync()
-		n = len(a.p.log)
+		n = len(a.p.done())
 		pass(100 * saveEvery)
-		if log := a.p.log[n:]; len(log) != 0 {
+		if log := a.p.done()[n:]; len(log) != 0 {
 			t.Errorf("after a flush: %v", log)
 		}
 		mustWrite(t, a.s, 2*testBlock, filled(1, testBlock))
@@ -491,7 +491,7 @@ func TestD5FlushesShareACommit(t *testing.T) {
 			}
 			return nil
 		}
-		n := len(a.p.log)
+		n := len(a.p.done())
 		var all []<-chan struct{}
 		for i := range int64(32) {
 			mustWrite(t, a.d, i*testBlock, filled(1, testBlock))
@@ -503,7 +503,7 @@ func TestD5FlushesShareACommit(t *testing.T) {
 			<-done
 		}
 		syncs := 0
-		for _, what := range a.p.log[n:] {
+		for _, what := range a.p.done()[n:] {
 			if what == "sync disk" {
 				syncs++
 			}
@@ -523,7 +523,7 @@ func TestEveryOperationOfDiskAndMapFailsOnce(t *testing.T) {
 			fired := ""
 			synctest.Test(t, func(t *testing.T) {
 				a := newAlive(t, 8, o)
-				a.p.failAt = len(a.p.log) + n
+				a.p.failAt = len(a.p.done()) + n
 				ctx := t.Context()
 				var failed []string
 				try := func(what string, err error) bool {
