@@ -1,0 +1,5 @@
+//go:build !race
+
+package lazy
+
+const slowdown = 1 // see race_test.go
