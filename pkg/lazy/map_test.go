@@ -269,18 +269,18 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 		t.Fatal(err)
 	}
 	good := m.file.bytes()
-	open := func(b []byte) (*Map, error, []byte) {
+	open := func(b []byte) (*Map, []byte, error) {
 		f := newCrashFile(int64(len(b)), sectorSize)
 		copy(f.now, b)
 		on, err := openMap(crashMap{handle{f: f, p: newProcess(nil, -1), name: "map"}}, Identity{})
-		return on, err, f.bytes()
+		return on, f.bytes(), err
 	}
 	for i := range slotSize {
 		for _, flip := range []byte{1, 0x80, 0xff} {
 			for slot := range 2 {
 				b := bytes.Clone(good)
 				b[slot*slotSize+i] ^= flip
-				on, err, after := open(b)
+				on, after, err := open(b)
 				if err != nil || on.Identity() != id || on.State() != MapLive || !bytes.Equal(after, good) {
 					t.Fatalf("byte %d of copy %d: %v", i, slot, err)
 				}
@@ -288,7 +288,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 			b := bytes.Clone(good)
 			b[i] ^= flip
 			b[slotSize+i] ^= flip
-			_, err, after := open(b)
+			_, after, err := open(b)
 			if want := errors.Is(err, ErrMapDamaged) || i < len(mapMagic) && errors.Is(err, ErrNotMap); !want || !bytes.Equal(after, b) {
 				t.Fatalf("byte %d of both copies: %v, touched %t", i, err, !bytes.Equal(after, b))
 			}
@@ -297,7 +297,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 	// Truncated, and longer than it should be.
 	for n := range len(good) + 10 {
 		b := append(bytes.Clone(good), make([]byte, 10)...)[:n]
-		_, err, after := open(b)
+		_, after, err := open(b)
 		switch {
 		case n == len(good) && err == nil:
 		case n < len(mapMagic) && errors.Is(err, ErrNotMap): // who knows
@@ -314,7 +314,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 				s[at] += 0x82
 				binary.LittleEndian.PutUint32(s[crcAt:], crc32.Checksum(s[:crcAt], castagnoli))
 			}
-			_, err, after := open(b)
+			_, after, err := open(b)
 			if len(slots) == 1 && want == ErrMapDamaged && err == nil {
 				continue // the other copy is good
 			}
@@ -325,7 +325,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 	}
 	// Something else altogether.
 	for _, b := range [][]byte{nil, []byte("QFI\xfb"), bytes.Repeat([]byte("foreign "), 5000), make([]byte, 100<<10)} {
-		if _, err, after := open(b); !errors.Is(err, ErrNotMap) || !bytes.Equal(after, b) {
+		if _, after, err := open(b); !errors.Is(err, ErrNotMap) || !bytes.Equal(after, b) {
 			t.Errorf("%.10q: %v", b, err)
 		}
 	}
@@ -334,7 +334,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 	for _, off := range []int64{l.page(0) + 5, l.page(0) + 4000, l.page(1) + 6, l.masks + 41, l.end - 1} {
 		b := bytes.Clone(good)
 		b[off] |= 0x40
-		on, err, _ := open(b)
+		on, _, err := open(b)
 		if err != nil {
 			t.Fatal(err)
 		}
