@@ -70,21 +70,30 @@ func (w *waits) next(s *Stream) (ask bool, r span, ok bool) {
 	if w.cur != s {
 		return false, span{}, false
 	}
-	for {
-		lo, hi, ok := w.ask.take()
-		if !ok {
-			break
+	// A block that is in both is asked for twice, by itself and in the prefetch:
+	// a source may think less of a long range.
+	for _, set := range []*runset{&w.ask, &w.later} {
+		if r, ok := takeMissing(set, s.d.state); ok {
+			w.asked++
+			return true, r, true
 		}
-		// What has arrived meanwhile is not asked for.
-		state := s.d.state
+	}
+	lo, hi, ok := w.tell.take()
+	return false, span{lo, hi}, ok
+}
+
+// takeMissing takes a run out of set. What has arrived meanwhile is left out.
+func takeMissing(set *runset, state *state) (r span, ok bool) {
+	for {
+		lo, hi, ok := set.take()
+		if !ok {
+			return span{}, false
+		}
 		if lo = state.nextMissing(lo, hi); lo == hi {
 			continue
 		}
 		end := state.nextLocal(lo+1, hi) // lo may have arrived since: no matter
-		w.ask.add(end, hi)
-		w.asked++
-		return true, span{lo, end}, true
+		set.add(end, hi)
+		return span{lo, end}, true
 	}
-	lo, hi, ok := w.tell.take()
-	return false, span{lo, hi}, ok
 }

@@ -24,7 +24,8 @@ type waits struct {
 	// Guarded by mu. With it held only the locks of the masks are taken:
 	cur        *Stream // the session that is asked, or nil
 	wants      map[int64]*want
-	ask        runset // to be asked with NeedAt
+	ask        runset // to be asked with NeedAt: somebody waits, or may soon
+	later      runset // to be asked with NeedAt after those: prefetches
 	tell       runset // to be told with DontNeedAt
 	ahead      readAhead
 	aheads     int     // wants that only read-ahead holds
@@ -65,6 +66,7 @@ func (w *waits) init(blocks, blockSize int64) {
 	w.watch = make(chan struct{}, 1)
 	w.wants = make(map[int64]*want)
 	w.ask.blocks = blocks
+	w.later.blocks = blocks
 	w.tell.blocks = blocks
 	w.ahead.limit = max(aheadFirst, aheadBytes/blockSize)
 }
@@ -246,7 +248,7 @@ func (w *waits) prefetch(d *Device, lo, hi int64) {
 	defer w.mu.Unlock()
 	for lo = d.state.nextMissing(lo, hi); lo < hi; {
 		end := d.state.nextLocal(lo+1, hi)
-		w.ask.add(lo, end)
+		w.later.add(lo, end)
 		lo = d.state.nextMissing(end, hi)
 	}
 	w.kickLocked()
