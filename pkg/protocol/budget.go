@@ -3,14 +3,16 @@ package protocol
 import "sync"
 
 // budget bounds the memory of received data. A device has a share that is its
-// own; the rest is a pool for what goes over it.
+// own; the rest is a pool for what goes over it. Of the memory the pool is an
+// eighth, and another eighth is minShare for each device that there may be.
 type budget struct {
 	mu   sync.Mutex
 	room sync.Cond // there is one who waits: the reader
 	// Guarded by mu, as are the accounts:
 	total   int64 // bytes of the pool, without the shares
 	free    int64 // bytes of the pool; below 0 only by one packet that is larger than it
-	reserve int64 // bytes that can still be dealt out as shares
+	reserve int64 // bytes that can still be dealt out as shares beyond minShare
+	dealt   bool  // there is a device
 	used    int64 // bytes in all
 	closed  bool
 }
@@ -23,20 +25,26 @@ type account struct {
 
 func (b *budget) init(memory int64) {
 	b.room.L = &b.mu
-	b.reserve = memory / 2
-	b.total = memory - b.reserve
+	b.total = memory / 8
 	b.free = b.total
+	b.reserve = memory - b.total - memory/memoryPerDevice*minShare
 }
 
-// open gives a device its share: a quarter of what can still be dealt out, so
-// that there is always something left for the next, and never more than
-// maxShare. It returns the share in bytes.
+// open gives a device its share: minShare, and of what is left to be dealt out
+// two thirds to the first device, which is often the only one, and half to each
+// after it. It returns the bytes that it has beyond minShare.
 func (b *budget) open(a *account) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	a.share = min(maxShare, b.reserve/4) &^ (minCharge - 1)
-	b.reserve -= a.share
-	return a.share
+	part := b.reserve / 2
+	if !b.dealt {
+		part = b.reserve / 3 * 2
+		b.dealt = true
+	}
+	part &^= page - 1
+	b.reserve -= part
+	a.share = minShare + part
+	return part
 }
 
 func (a *account) over(used int64) int64 {

@@ -106,7 +106,8 @@ func (p *ProtocolRW) expect(f *FromProtocol) error {
 }
 
 // announced takes a DevInfo from the peer.
-func (p *ProtocolRW) announced(dev, id uint32, di *wire.DevInfo) error {
+func (p *ProtocolRW) announced(h wire.Header, di *wire.DevInfo) error {
+	dev := h.Dev
 	p.mu.Lock()
 	d, err := p.deviceLocked(dev)
 	if err == nil && d.to != nil {
@@ -119,9 +120,12 @@ func (p *ProtocolRW) announced(dev, id uint32, di *wire.DevInfo) error {
 	if d.in == nil {
 		d.in = newIncoming(p, dev)
 	}
+	if p.ended {
+		d.close()
+	}
 	in := d.in
 	p.mu.Unlock()
-	if err := in.announce(di, id); err != nil { // before newDevice: it may use the device
+	if err := in.announce(di, h); err != nil { // before newDevice: it may use the device
 		return err
 	}
 	p.mu.Lock()

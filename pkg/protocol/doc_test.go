@@ -40,7 +40,7 @@ func TestTheBytesInTheDocumentationAreReal(t *testing.T) {
 	require.NoError(t, decoded.UnmarshalBinary(b))
 	require.Equal(t, di, decoded)
 
-	answer := wire.DevInfoResponse{Extension: wire.Extension{Revision: wire.Revision, MaxData: 1 << 20, Window: 3 << 20}}
+	answer := wire.DevInfoResponse{Extension: wire.Extension{Revision: wire.Revision, MaxData: 1 << 20, Window: 24 << 20}}
 	b, err = answer.AppendBinary(nil)
 	require.NoError(t, err)
 	require.Equal(t, example("devinforesponse"), b)
@@ -64,7 +64,7 @@ func TestTheLimitsInTheDocumentationAreReal(t *testing.T) {
 	}
 	for what, limit := range map[string]string{
 		"received data not yet in storage":       size(defaultMemory),
-		"of it, for one device alone":            "up to " + size(maxShare),
+		"of it, for one device alone":            "up to " + size(defaultMemory/2),
 		"a packet":                               size(defaultMaxPacket),
 		"data of one WriteAt or ReadAt":          size(maxData),
 		"what one run-length packet stands for":  size(wire.MaxRunLength),

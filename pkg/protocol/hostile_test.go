@@ -188,6 +188,136 @@ func TestAMillionUnansweredRequestsAreBounded(t *testing.T) {
 	}
 }
 
+// P1: a device is announced with as much text as a packet may have, or sends
+// events that are acted on slowly, or requests that are refused: all of it counts
+// against the memory, for however many devices, and no more is read when that is
+// used up.
+func TestWhatWaitsCountsAgainstTheMemory(t *testing.T) {
+	announced := func(raw *rawPeer, dev uint32) error { return raw.send(dev, 1, devInfo(4096, 4096)) }
+	event := cat([]byte{7, 5, 0}, fill(readBuffer-3, 1))
+	for name, send := range map[string]func(raw *rawPeer, dev, id uint32) error{
+		"DevInfos": func(raw *rawPeer, dev, id uint32) error {
+			if id > 2 {
+				return nil
+			}
+			body, err := (&wire.DevInfo{Name: strings.Repeat("n", 65535), Schema: strings.Repeat("s", wire.MaxSchema)}).AppendBinary(nil)
+			require.NoError(raw.t, err)
+			return raw.send(dev, 1, body)
+		},
+		"events": func(raw *rawPeer, dev, id uint32) error {
+			if id == 2 {
+				return announced(raw, dev)
+			}
+			return raw.send(dev, id, event)
+		},
+		"refused runs": func(raw *rawPeer, dev, id uint32) error {
+			if id == 2 {
+				return announced(raw, dev)
+			}
+			return raw.send(dev, id, cat([]byte{2, 2}, le64(1<<40), []byte{0x81, 0x40, 0}))
+		},
+		"refused reads": func(raw *rawPeer, dev, id uint32) error {
+			if id == 2 {
+				return announced(raw, dev)
+			}
+			return raw.send(dev, id, ranged(1, 1<<40, 1))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const memory = 8 << 20
+				raw, p, ended := destination(t, nil, Options{Memory: memory}) // nobody takes the devices
+				stopped := make(chan bool)
+				go func() {
+					for dev := range uint32(memory / memoryPerDevice) {
+						for id := range uint32(200) {
+							if send(raw, dev, id+2) != nil {
+								stopped <- true
+								return
+							}
+						}
+					}
+					stopped <- false
+				}()
+				before := heap()
+				synctest.Wait()
+				require.Empty(t, ended, "a peer that sends much is made to wait")
+				require.InDelta(t, memory, p.Stats().Received, memory*7/8)
+				require.Less(t, heap(), before+2*memory)
+				require.NoError(t, p.Close())
+				require.True(t, <-stopped)
+				require.Zero(t, p.Stats().Received)
+			})
+		})
+	}
+}
+
+// P1: an event that is answered late counts until it is.
+func TestAnEventCountsUntilItIsAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store := &lateAnswers{MemoryStorage: sources.NewMemoryStorage(4096), answers: make(chan func(error), 10)}
+		raw, p, _ := destination(t, store)
+		raw.mustSend(1, 1, devInfo(4096, 4096))
+		raw.mustSend(1, 2, cat([]byte{7, 5, 0}, fill(30<<10, 1)))
+		raw.mustSend(1, 3, []byte{7, 0})
+		synctest.Wait()
+		require.Equal(t, int64(32<<10+minCharge), p.Stats().Received)
+		answer := <-store.answers
+		answer(nil)
+		answer(nil)
+		raw.expect(1, 2, []byte{0x85})
+		synctest.Wait()
+		require.Equal(t, int64(minCharge), p.Stats().Received)
+		(<-store.answers)(nil)
+		raw.expect(1, 3, []byte{0x85})
+		synctest.Wait()
+		require.Zero(t, p.Stats().Received)
+	})
+}
+
+// lateAnswers leaves the answers to events to the test.
+type lateAnswers struct {
+	*sources.MemoryStorage
+	answers chan func(error)
+}
+
+func (l *lateAnswers) HandleEvent(_ *wire.Event, answer func(error)) { l.answers <- answer }
+
+// P1: the text of a DevInfo is not kept when the device is open.
+func TestAnOpenDeviceKeepsNoSchema(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		raw, p, _ := destination(t, nil)
+		for dev := range uint32(100) {
+			var got DevInfo
+			from := NewFromProtocol(dev, func(di *DevInfo) storage.StorageProvider {
+				got = *di
+				return sources.NewMemoryStorage(4096)
+			}, p)
+			body, err := (&wire.DevInfo{Size: 4096, BlockSize: 512, Name: "d", Schema: strings.Repeat("s", wire.MaxSchema)}).AppendBinary(nil)
+			require.NoError(t, err)
+			raw.mustSend(dev, 1, body)
+			synctest.Wait()
+			require.Len(t, got.Schema, wire.MaxSchema, "the factory sees it")
+			require.Equal(t, &wire.DevInfo{Size: 4096, BlockSize: 512}, from.in.announcedInfo())
+			require.Zero(t, p.Stats().Received)
+		}
+	})
+}
+
+// P1: a queue that was long once is not kept for every device that had one.
+func TestALongQueueIsNotKept(t *testing.T) {
+	var q queue
+	for range 4 {
+		for i := range uint32(maxUnanswered) {
+			q.push(job{id: i})
+		}
+		for i := range uint32(maxUnanswered) {
+			require.Equal(t, i, q.pop().id)
+		}
+		require.LessOrEqual(t, len(q.ring), maxKeptJobs)
+	}
+}
+
 // P1: the length of a list is believed only as its bytes come.
 func TestAListIsNotAllocatedOnItsLengthAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

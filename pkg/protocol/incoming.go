@@ -22,7 +22,7 @@ type incoming struct {
 	size    uint64
 	block   uint32 // bytes
 	id      uint32 // of the DevInfo
-	window  int64  // bytes
+	window  int64  // bytes of bulk data that an extended peer may have in flight
 
 	account account // guarded by the budget
 
@@ -34,7 +34,8 @@ type incoming struct {
 	work sync.Cond // there is something to do, or the end
 	rest sync.Cond // nothing is left to do, or the end
 	// Guarded by mu:
-	info       *wire.DevInfo
+	info       *wire.DevInfo // when the store is there only what forgetInfo leaves of it
+	infoCharge int64         // bytes of the budget that info holds
 	factory    func(di *DevInfo) storage.StorageProvider
 	jobs       queue
 	idle       int // workers that wait
@@ -67,18 +68,32 @@ func (in *incoming) register(factory func(di *DevInfo) storage.StorageProvider) 
 	return nil
 }
 
-// announce brings the DevInfo; with the factory there, the device opens.
-func (in *incoming) announce(di *wire.DevInfo, id uint32) error {
+// announce brings the DevInfo, which came under h; with the factory there, the
+// device opens.
+func (in *incoming) announce(di *wire.DevInfo, h wire.Header) error {
 	if in.known {
 		return fmt.Errorf("%w: a second DevInfo", ErrUnexpected)
 	}
 	if di.Size > math.MaxInt64 {
 		return fmt.Errorf("device of %d bytes: %w", di.Size, wire.ErrTooLarge)
 	}
-	in.known, in.size, in.block, in.id = true, di.Size, di.BlockSize, id
-	in.window = in.p.budget.open(&in.account)
+	in.known, in.size, in.block, in.id = true, di.Size, di.BlockSize, h.ID
+	// A quarter of the share stays for data that is asked for, which the window does
+	// not count. A window of 0 would mean that there is no limit.
+	share := in.p.budget.open(&in.account)
+	in.window = max(minCharge, share-share/4)
+	// Its strings are as long as the peer likes, and wait for a factory.
+	charge := bufferCost(int(h.Length))
+	if !in.p.budget.acquire(&in.account, charge) {
+		return in.p.closedErr()
+	}
 	in.mu.Lock()
-	in.info = di
+	if in.closed {
+		in.mu.Unlock()
+		in.p.budget.release(&in.account, charge)
+		return in.p.closedErr()
+	}
+	in.info, in.infoCharge = di, charge
 	ready := in.factory != nil
 	in.mu.Unlock()
 	if ready {
@@ -99,6 +114,17 @@ func (in *incoming) announcedInfo() *wire.DevInfo {
 	return in.info
 }
 
+// forgetInfo lets go of all of the DevInfo but the two numbers that are used
+// later: a thousand devices may have a hundred KiB of text each.
+func (in *incoming) forgetInfo() {
+	in.mu.Lock()
+	in.info = &wire.DevInfo{Size: in.info.Size, BlockSize: in.info.BlockSize}
+	charge := in.infoCharge
+	in.infoCharge = 0
+	in.mu.Unlock()
+	in.p.budget.release(&in.account, charge)
+}
+
 // openLoop makes the store, tells an extended peer what we take, and goes on as
 // the first of the device's workers.
 func (in *incoming) openLoop() {
@@ -109,13 +135,13 @@ func (in *incoming) openLoop() {
 	}
 	in.store = store
 	in.zeroer, _ = store.(storage.Zeroer)
-	if in.info.Extension != nil {
-		// A quarter of the share stays for data that is asked for, which the window
-		// does not count, and for sizes that are rounded up.
+	extended := in.info.Extension != nil
+	in.forgetInfo()
+	if extended {
 		m := wire.DevInfoResponse{Extension: wire.Extension{
 			Revision: wire.Revision,
-			MaxData:  in.p.opts.MaxData,
-			Window:   uint32(in.window - in.window/4),
+			MaxData:  uint32(min(int64(in.p.opts.MaxData), in.window)),
+			Window:   uint32(min(in.window, math.MaxUint32)),
 		}}
 		packet, err := m.AppendBinary(nil)
 		if err != nil {
@@ -240,6 +266,8 @@ func (in *incoming) close() {
 		j := in.jobs.pop()
 		in.drop(&j)
 	}
+	in.p.budget.release(&in.account, in.infoCharge)
+	in.infoCharge = 0
 	in.work.Broadcast()
 	in.rest.Broadcast()
 }

@@ -20,8 +20,12 @@ const (
 	// defaultWorkers is Options.Workers by default.
 	defaultWorkers = 4
 
-	// maxShare is the most memory that is kept for one device alone, in bytes.
-	maxShare = 4 << 20
+	// memoryPerDevice is how much of Options.Memory there is for each device that a
+	// connection may have, at least, in bytes. minShare is what is kept of it for
+	// each device alone, however many there are: for one page of data and one short
+	// event or list.
+	memoryPerDevice = 64 << 10
+	minShare        = memoryPerDevice / 8
 	// minCharge is what a request counts at least against the memory, in bytes:
 	// it stands for the queue's own cost, so that empty requests are bounded too.
 	minCharge = 4 << 10

@@ -77,7 +77,7 @@ func (in *incoming) control(j *job) {
 	var answer wire.Command
 	switch m := j.message.(type) {
 	case *wire.Event:
-		reply := in.eventAnswer(j.id, m.Type)
+		reply := in.eventAnswer(j, m.Type)
 		if h, ok := in.store.(EventHandler); ok {
 			h.HandleEvent(m, reply)
 		} else {
@@ -105,17 +105,23 @@ func (in *incoming) control(j *job) {
 		in.p.end(fmt.Errorf("device %d: %s: %w", in.dev, j.command, err))
 		return
 	}
+	in.drop(j) // before the answer, as for a write
 	_ = in.p.outbox.send(in.dev, j.id, []byte{byte(answer)}, true) // an error is the connection's end
 	in.answered(true)
 }
 
-// eventAnswer makes the function that answers an event, once.
-func (in *incoming) eventAnswer(id uint32, t wire.EventType) func(error) {
+// eventAnswer makes the function that answers an event, once. What the event
+// counts against the memory is the answer's to give back: until then its handler
+// may keep it.
+func (in *incoming) eventAnswer(j *job, t wire.EventType) func(error) {
 	var given atomic.Bool
+	id, charge := j.id, j.charge
+	j.charge = 0
 	return func(err error) {
 		if given.Swap(true) {
 			return
 		}
+		in.p.budget.release(&in.account, charge)
 		if err != nil {
 			in.p.end(fmt.Errorf("device %d: event %s: %w", in.dev, t, err))
 			return

@@ -41,14 +41,15 @@ type Protocol interface {
 // Options are limits of a ProtocolRW. The zero value of each takes its default.
 type Options struct {
 	// Memory bounds received data that is not yet in storage, in bytes: 64 MiB
-	// by default. Half of it is dealt out to devices as shares of their own.
+	// by default. Most of it is dealt out to devices as shares of their own.
 	Memory int64
 	// MaxPacket is the longest packet that is taken, in bytes: 64 MiB by default.
 	MaxPacket int
 	// MaxData is the largest data packet that an extended peer is told to send,
 	// in bytes: 1 MiB by default, 16 MiB at most.
 	MaxData uint32
-	// MaxDevices is how many devices a connection may have: 1,024 by default.
+	// MaxDevices is how many devices a connection may have: 1,024 by default, and
+	// no more than one for each 64 KiB of Memory.
 	MaxDevices int
 	// Workers is how many requests of a device go to its store at once: 4 by
 	// default.
@@ -70,6 +71,7 @@ func (o Options) withDefaults() Options {
 	if o.MaxDevices <= 0 {
 		o.MaxDevices = defaultMaxDevices
 	}
+	o.MaxDevices = int(min(int64(o.MaxDevices), o.Memory/memoryPerDevice))
 	if o.Workers <= 0 {
 		o.Workers = defaultWorkers
 	}

@@ -29,6 +29,9 @@ func (j *job) barrier() bool {
 	return false
 }
 
+// maxKeptJobs is the largest ring, in jobs, that an empty queue keeps.
+const maxKeptJobs = 4096
+
 // queue is a ring of jobs that grows; in steady state it costs no allocation.
 type queue struct {
 	ring []job
@@ -58,5 +61,8 @@ func (q *queue) pop() job {
 	q.ring[q.head] = job{}
 	q.head = (q.head + 1) % len(q.ring)
 	q.n--
+	if q.n == 0 && len(q.ring) > maxKeptJobs { // a device after the other could fill one
+		q.ring, q.head = nil, 0
+	}
 	return j
 }

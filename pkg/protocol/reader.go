@@ -70,7 +70,7 @@ func (p *ProtocolRW) dispatch(command wire.Command, h wire.Header) error {
 		if err := di.UnmarshalBinary(b); err != nil {
 			return err
 		}
-		return p.announced(h.Dev, h.ID, &di)
+		return p.announced(h, &di)
 	case wire.CommandNeedAt, wire.CommandDontNeedAt:
 		return p.readNeed(command, h)
 	case wire.CommandReadAt, wire.CommandWriteAt, wire.CommandWriteAtWithMap, wire.CommandDirtyList,
@@ -196,8 +196,7 @@ func (p *ProtocolRW) readRunLength(in *incoming, h wire.Header) error {
 	j.length, _ = wire.RLELen(m.Data, wire.MaxRunLength) // was checked just now
 	if !in.contains(j.off, j.length) {
 		in.drop(&j)
-		j = job{command: commandRefused, id: h.ID}
-		return in.push(j)
+		return p.queueRefusal(in, commandRefused, h.ID)
 	}
 	if !zeroRun(m.Data) { // it is expanded by the piece
 		charge := j.charge + bufferCost(int(min(j.length, in.pieceSize())))
@@ -229,7 +228,7 @@ func (p *ProtocolRW) readData(in *incoming, j *job, n int) error {
 
 func (p *ProtocolRW) queueReadAt(in *incoming, id uint32, m wire.ReadAt) error {
 	if m.Length < 0 || m.Length > maxData || !in.contains(m.Off, int64(m.Length)) {
-		return in.push(job{command: commandReadRefused, id: id})
+		return p.queueRefusal(in, commandReadRefused, id)
 	}
 	j := job{command: wire.CommandReadAt, id: id, off: m.Off, length: int64(m.Length)}
 	j.charge = bufferCost(int(m.Length))
@@ -245,7 +244,13 @@ func (p *ProtocolRW) refuse(in *incoming, h wire.Header, n uint32) error {
 	if err := p.discard(n); err != nil {
 		return err
 	}
-	j := job{command: commandRefused, id: h.ID, charge: minCharge}
+	return p.queueRefusal(in, commandRefused, h.ID)
+}
+
+// queueRefusal queues a refusal behind what came before, as it has its place in
+// memory too.
+func (p *ProtocolRW) queueRefusal(in *incoming, answer wire.Command, id uint32) error {
+	j := job{command: answer, id: id, charge: minCharge}
 	if !p.budget.acquire(&in.account, j.charge) {
 		return p.closedErr()
 	}
@@ -254,12 +259,12 @@ func (p *ProtocolRW) refuse(in *incoming, h wire.Header, n uint32) error {
 
 // readControl reads an event, a list, or RemoveDev.
 func (p *ProtocolRW) readControl(in *incoming, command wire.Command, h wire.Header) error {
-	j := job{command: command, id: h.ID}
+	j := job{command: command, id: h.ID, charge: bufferCost(int(h.Length))}
 	if h.Length > readBuffer {
-		j.charge = 2 * bufferCost(int(h.Length)) // as it came, and decoded
-		if !p.budget.acquire(&in.account, j.charge) {
-			return p.closedErr()
-		}
+		j.charge *= 2 // as it came, and decoded
+	}
+	if !p.budget.acquire(&in.account, j.charge) {
+		return p.closedErr()
 	}
 	b, err := p.readAll(h.Length)
 	if err == nil {

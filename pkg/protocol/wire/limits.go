@@ -8,7 +8,7 @@ const (
 	// MaxHashes is the most hashes of one Hashes packet: about 36 MiB.
 	MaxHashes = 1 << 20
 	// MaxSchema is the longest schema of a DevInfo, in bytes.
-	MaxSchema = 1 << 20
+	MaxSchema = 64 << 10
 	// MaxExtension is the longest extension of a DevInfo, in bytes.
 	MaxExtension = 64 << 10
 	// MaxAlternateSources is the most entries of one AlternateSources packet.
