@@ -105,7 +105,7 @@ func (in *incoming) control(j *job) {
 		in.p.end(fmt.Errorf("device %d: %s: %w", in.dev, j.command, err))
 		return
 	}
-	in.drop(j) // before the answer, as for a write
+	in.drop(j)                                                     // before the answer, as for a write
 	_ = in.p.outbox.send(in.dev, j.id, []byte{byte(answer)}, true) // an error is the connection's end
 	in.answered(true)
 }
