@@ -95,13 +95,6 @@ func (d *destDisk) attach(from *protocol.FromProtocol) *lazy.Stream {
 	return d.dev.Attach(asker{from, d.log})
 }
 
-// fed says whether a source was attached since the start.
-func (d *destDisk) fed() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.sessions > 0
-}
-
 func (d *destDisk) detach(s *lazy.Stream) {
 	_ = s.Close() // detaching cannot fail
 	d.mu.Lock()

@@ -73,6 +73,8 @@ type Destination struct {
 	disks  []*destDisk
 	byName map[string]*destDisk // by the source's name
 	closed bool
+
+	served bool // a session has come further than its first word; only Run's goroutine uses it
 }
 
 // NewDestination returns a Destination. Open and Ready are required.
@@ -137,6 +139,7 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 	if err := d.brokenDisk(); err != nil {
 		return true, &FatalError{err}
 	}
+	d.served = d.served || s.hello.said()
 	if d.complete() {
 		return s.hello.said(), d.unheard()
 	}
@@ -147,21 +150,11 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 // called us, and not while there are devices that somebody may use.
 func (d *Destination) weigh(refusal error) error {
 	var local *localError
-	if errors.As(refusal, &local) || !d.opts.Listening && !d.served() {
+	if errors.As(refusal, &local) || !d.opts.Listening && !d.served {
 		return &FatalError{refusal}
 	}
 	d.log.Error("the source was refused", "error", refusal)
 	return refusal
-}
-
-// served says whether a source has fed a disk since the start.
-func (d *Destination) served() bool {
-	for _, disk := range d.all() {
-		if disk.fed() {
-			return true
-		}
-	}
-	return false
 }
 
 // localError says that the trouble is on this side.

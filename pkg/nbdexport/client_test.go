@@ -53,6 +53,12 @@ func dialRaw(t testing.TB, path string) *rawClient {
 
 func newRawClient(t testing.TB, nc net.Conn) *rawClient {
 	t.Cleanup(func() { nc.Close() })
+	return newLooseClient(t, nc)
+}
+
+// newLooseClient is a client that the test closes: t remembers nothing of it.
+func newLooseClient(t testing.TB, nc net.Conn) *rawClient {
+	t.Helper()
 	require.NoError(t, nc.SetDeadline(time.Now().Add(20*time.Second)))
 	return &rawClient{t: t, Conn: nc}
 }

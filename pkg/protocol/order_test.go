@@ -198,18 +198,20 @@ func TestABulkPacketIsNotOvertakenForEver(t *testing.T) {
 		to := NewToProtocol(1<<20, 1, p)
 		var stop atomic.Bool
 		var wg sync.WaitGroup
+		raw := &rawPeer{t: t, conn: a, got: make(chan packet)} // takes one packet at a time
+		go raw.readLoop()
 		defer func() {
 			stop.Store(true)
 			_ = a.Close()
 			wg.Wait()
+			for range raw.got { // what was on its way
+			}
 		}()
 		wg.Go(func() {
 			if err := to.SendDevInfo("d", 512, ""); err != nil {
 				t.Error(err)
 			}
 		})
-		raw := &rawPeer{t: t, conn: a, got: make(chan packet)} // takes one packet at a time
-		go raw.readLoop()
 		raw.next()
 		synctest.Wait()
 		send := func(pri Priority, off int64) {
