@@ -10,6 +10,7 @@ import (
 type destFlags struct {
 	wire      wireFlags
 	disks     []string
+	maps      []string
 	dir       string
 	overwrite bool
 	nbd       addrFlag
@@ -37,6 +38,10 @@ A single --disk without a NAME takes the name that the source gives its disk; se
 and one with a NAME, are found by their names. A disk that does not exist is made; one
 that does needs --overwrite.
 
+Beside each disk lies a map, PATH.silo-nbd, that knows which blocks are here. After a
+crash the same command (without --overwrite) goes on: what is here is served at once. For
+a block device --map says where the map lies; without it nothing is remembered.
+
 With --run, COMMAND is run by /bin/sh when every disk is ready, with the export's URI in
 $uri (and that of each disk in $uri_NAME). dest ends when the command has ended, all is
 complete and the last client has gone, with the command's exit code. It does not end
@@ -52,8 +57,9 @@ before all is complete, since the disk would be of no use.`,
 	}
 	flags := cmd.Flags()
 	flags.StringArrayVar(&f.disks, "disk", nil, "a disk to receive, as `[NAME=]PATH`; may be given again")
+	flags.StringArrayVar(&f.maps, "map", nil, "the map of a disk lies here, as `[NAME=]PATH`; may be given again (default: beside the disk; a block device has none)")
 	flags.StringVar(&f.dir, "dir", "", "receive every disk that the source sends, as `DIR`/NAME.raw")
-	flags.BoolVar(&f.overwrite, "overwrite", false, "replace what a disk that exists already holds")
+	flags.BoolVar(&f.overwrite, "overwrite", false, "begin anew: replace what a disk that exists already holds, and forget its map")
 	flags.Var(&f.nbd, "nbd", "serve NBD here: host:port or unix:///path")
 	flags.BoolVar(&f.readOnly, "read-only", false, "let NBD clients read only")
 	flags.Var(&f.stall, "stall", "what becomes of a client's read that waits for the source: it waits on, or fails with EIO after DURATION")
@@ -70,6 +76,8 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("no disk: want --disk [NAME=]PATH or --dir DIR")
 	case len(f.disks) > 0 && f.dir != "":
 		return nil, usagef("--disk and --dir: want only one of them")
+	case len(f.maps) > 0 && f.dir != "":
+		return nil, usagef("--map and --dir: with --dir each map lies beside its disk; name the disks with --disk")
 	case f.nbd.IsZero():
 		return nil, usagef("no --nbd: want the address at which to serve the disk, such as unix:///run/vm.sock")
 	case f.command != "" && f.dir != "":
@@ -78,6 +86,9 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 	specs, err := disks.ParseSpecs(f.disks)
 	if err != nil {
 		return nil, usagef("--disk: %w", err)
+	}
+	if err := disks.PlaceMaps(specs, f.maps); err != nil {
+		return nil, usagef("--map: %w", err)
 	}
 	if err := f.wire.check(); err != nil {
 		return nil, err

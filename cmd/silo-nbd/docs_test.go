@@ -34,7 +34,7 @@ func TestDocumentedTestsExist(t *testing.T) {
 	}
 }
 
-// TestFlagsAreDocumented: a flag of source, dest and verify stands in the README or in OPERATIONS.md.
+// TestFlagsAreDocumented: a flag of source, dest, inspect and verify stands in the README or in OPERATIONS.md.
 func TestFlagsAreDocumented(t *testing.T) {
 	var text strings.Builder
 	for _, file := range []string{"README.md", "docs/OPERATIONS.md"} {
@@ -43,7 +43,7 @@ func TestFlagsAreDocumented(t *testing.T) {
 		text.Write(b)
 	}
 	for _, cmd := range newRootCommand().Commands() {
-		if cmd.Name() != "source" && cmd.Name() != "dest" && cmd.Name() != "verify" {
+		if cmd.Name() != "source" && cmd.Name() != "dest" && cmd.Name() != "verify" && cmd.Name() != "inspect" {
 			continue
 		}
 		cmd.Flags().VisitAll(func(f *pflag.Flag) {

@@ -27,6 +27,7 @@ type receiver struct {
 	left    chan struct{} // a client has left; capacity 1
 
 	secure, readOnly bool // NBD is TLS; clients only read
+	overwrite        bool // the same command again would begin anew
 
 	ready chan struct{}  // closed when all disks that are expected are ready
 	loops sync.WaitGroup // the NBD server and the command
@@ -34,6 +35,7 @@ type receiver struct {
 	mu sync.Mutex
 	// Guarded by mu:
 	uris    []exportURI         // in the order in which they became ready
+	forgets bool                // a disk has no map
 	givenUp map[string]*givenUp // by export: reads that failed by --stall and were not told of yet
 }
 
@@ -56,7 +58,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		return err
 	}
 	r := &receiver{
-		console: c, set: set, nbd: addr.Of(ln.Addr()), secure: certs != nil, readOnly: f.readOnly,
+		console: c, set: set, nbd: addr.Of(ln.Addr()), secure: certs != nil, readOnly: f.readOnly, overwrite: f.overwrite,
 		left: make(chan struct{}, 1), ready: make(chan struct{}),
 	}
 	if certs != nil {
@@ -107,6 +109,9 @@ func (r *receiver) open(a migrate.Announcement) (migrate.DestinationDisk, error)
 
 func (r *receiver) disk(d *disks.Disk) migrate.DestinationDisk {
 	if d.Map == nil {
+		r.mu.Lock()
+		r.forgets = true
+		r.mu.Unlock()
 		r.console.log.Warn("no --map for this disk: if dest ends before all is complete, the copy starts again", "disk", d.Path())
 	}
 	return migrate.DestinationDisk{Name: d.Name, Store: d.File, KnownZero: d.KnownZero, Map: d.Map}
@@ -200,7 +205,20 @@ func (r *receiver) interrupted() error {
 	case lack == "":
 		return nil
 	}
-	return fmt.Errorf("interrupted: %s, run the same command again to go on", lack)
+	return fmt.Errorf("interrupted: %s, %s", lack, r.wayOn())
+}
+
+// wayOn says how to go on after an end that came too early.
+func (r *receiver) wayOn() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.forgets:
+		return "and without --map nothing remembers what is here: begin anew with --overwrite"
+	case r.overwrite:
+		return "run the same command again, but without --overwrite, to go on"
+	}
+	return "run the same command again to go on"
 }
 
 // serveOn serves the complete disks for as long as they are wanted.

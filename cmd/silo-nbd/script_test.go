@@ -31,6 +31,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
+		Condition:           condition,
 		Setup: func(e *testscript.Env) error {
 			e.Values[authorities{}] = make(map[string]*tlstest.Authority)
 			return nil
@@ -44,6 +45,7 @@ func TestScripts(t *testing.T) {
 			"port":   cmdPort,
 			"peer":   cmdPeer,
 			"await":  cmdAwait,
+			"loop":   cmdLoop,
 
 			"sigterm": cmdSigterm,
 		},
@@ -71,6 +73,39 @@ func cmdSigterm(ts *testscript.TestScript, neg bool, args []string) {
 	pid, err := strconv.Atoi(ts.ReadFile(args[0] + ".pid"))
 	ts.Check(err)
 	ts.Check(syscall.Kill(pid, syscall.SIGTERM))
+}
+
+// condition knows [loop]: there are loop devices. In CI there have to be.
+func condition(name string) (bool, error) {
+	if name != "loop" {
+		return false, fmt.Errorf("%q is no condition", name)
+	}
+	err := exec.Command("losetup", "--find").Run()
+	if os.Geteuid() != 0 {
+		err = errors.New("it needs root")
+	}
+	if err != nil && os.Getenv("CI") == "true" {
+		return false, fmt.Errorf("CI must have loop devices: %w", err)
+	}
+	return err == nil, nil
+}
+
+// cmdLoop makes a file a block device: loop VARIABLE FILE
+func cmdLoop(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: loop VARIABLE FILE")
+	}
+	out, err := exec.Command("losetup", "--find", "--show", ts.MkAbs(args[1])).CombinedOutput()
+	if err != nil {
+		ts.Fatalf("losetup: %v: %s", err, out)
+	}
+	device := strings.TrimSpace(string(out))
+	ts.Setenv(args[0], device)
+	ts.Defer(func() {
+		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+			ts.Logf("losetup --detach %s: %v: %s", device, err, out)
+		}
+	})
 }
 
 // cmdCode runs a program and wants its exit code: code N program args...

@@ -78,8 +78,11 @@ func (d *Destination) prepare(s Spec) error {
 		}
 		if disk != nil {
 			d.resumed = append(d.resumed, disk)
-			return nil
+			return d.whose(s, disk)
 		}
+	}
+	if err := s.checkMap(); err != nil {
+		return err
 	}
 	f, err := d.openExisting(s.Path)
 	if err == nil && f != nil {
@@ -134,6 +137,9 @@ func (d *Destination) Expected() int { return len(d.specs) }
 func (d *Destination) Open(a migrate.Announcement) (*Disk, error) {
 	spec, err := d.find(a.Name)
 	if err != nil {
+		return nil, err
+	}
+	if err := spec.checkMap(); err != nil {
 		return nil, err
 	}
 	disk, err := d.open(spec, int64(a.Size))

@@ -205,6 +205,34 @@ func TestOverwriteBeginsAnewWithItsOwnMap(t *testing.T) {
 	}
 }
 
+// TestOverwriteLeavesTheMapOfOthersAlone: nothing is changed, the disk neither.
+func TestOverwriteLeavesTheMapOfOthersAlone(t *testing.T) {
+	dir := t.TempDir()
+	file(t, dir+"/letter", "somebody's")
+	file(t, dir+"/b.raw", "precious")
+	set, err := OpenDestination(parse(t, dir, "other.raw"), "", false)
+	require.NoError(t, err)
+	other, err := set.Open(announce("a", 8192))
+	require.NoError(t, err)
+	for where, want := range map[string]string{
+		"letter":                "not a map",
+		"other.raw" + MapSuffix: "in use",
+		"nowhere/b":             "no such file",
+	} {
+		specs := parse(t, dir, "b.raw")
+		specs[0].Map = filepath.Join(dir, where)
+		before, _ := os.ReadFile(specs[0].Map)
+		_, err := OpenDestination(specs, "", true)
+		require.ErrorContains(t, err, want)
+		after, _ := os.ReadFile(specs[0].Map)
+		require.Equal(t, before, after)
+	}
+	got, err := os.ReadFile(dir + "/b.raw")
+	require.NoError(t, err)
+	require.Equal(t, "precious", string(got))
+	require.NoError(t, other.Close())
+}
+
 func TestBadDisksAreRefused(t *testing.T) {
 	dir := t.TempDir()
 	file(t, dir+"/empty.raw", "")

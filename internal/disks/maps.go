@@ -28,6 +28,28 @@ func (s Spec) mapPath(f *sources.File) string {
 	return s.Path + MapSuffix
 }
 
+// checkMap says before anything is changed why no map could be made for a disk
+// that is to be overwritten.
+func (s Spec) checkMap() error {
+	where := s.Map
+	if where == "" {
+		where = s.Path + MapSuffix
+	}
+	i, err := lazy.Inspect(where)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		_, err = os.Stat(filepath.Dir(where))
+		return err
+	case errors.Is(err, lazy.ErrMapDamaged), errors.Is(err, lazy.ErrMapNewer):
+		return nil // it is to go
+	case err != nil:
+		return err
+	case i.InUse:
+		return fmt.Errorf("%s: %w", where, lazy.ErrMapInUse)
+	}
+	return nil
+}
+
 // candidates are the disks that may be here already: those of the command line,
 // or those in the directory that have a map.
 func (d *Destination) candidates() ([]Spec, error) {
@@ -83,6 +105,16 @@ func fits(d *Disk) error {
 	if have := d.Room(); have < want || have > want && !d.IsBlockDevice() {
 		return fmt.Errorf("%s has %d bytes, its map %s is of a disk of %d: it was shrunk, grown or replaced; "+
 			"nothing was changed: bring the right one back, or give --overwrite to begin anew", d.Path(), have, d.Map.Path(), want)
+	}
+	return nil
+}
+
+// whose refuses the map of another disk, as when the maps of two disks were
+// given the wrong way round. Only of one among several disks the name that its
+// source uses is known beforehand.
+func (d *Destination) whose(s Spec, disk *Disk) error {
+	if name := disk.Map.Identity().Name; s.Map != "" && len(d.specs) > 1 && name != s.Name {
+		return fmt.Errorf("%s is the map of the disk %q, not of %q: nothing was changed: give the right one", s.Map, name, s.Name)
 	}
 	return nil
 }

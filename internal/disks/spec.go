@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -62,6 +63,39 @@ func ParseSpecs(flags []string) ([]Spec, error) {
 		specs = append(specs, s)
 	}
 	return specs, nil
+}
+
+// PlaceMaps sets where the maps of the disks lie, by flags of [NAME=]PATH. NAME
+// is that of a disk; with only one disk it can be left out.
+func PlaceMaps(specs []Spec, flags []string) error {
+	for _, f := range flags {
+		m, err := ParseSpec(f)
+		if err != nil {
+			return err
+		}
+		at := slices.IndexFunc(specs, func(s Spec) bool { return s.Name == m.Name })
+		switch {
+		case !m.Named && len(specs) == 1:
+			at = 0
+		case !m.Named:
+			return fmt.Errorf("%s: there are %d disks: say whose map it is, as in NAME=%s", m.Path, len(specs), m.Path)
+		case at < 0:
+			return fmt.Errorf("%s: no --disk is called %q", m.Path, m.Name)
+		}
+		if specs[at].Map != "" {
+			return fmt.Errorf("%s and %s are both for the disk %q", specs[at].Map, m.Path, specs[at].Name)
+		}
+		for _, s := range specs {
+			switch clean := filepath.Clean(m.Path); {
+			case filepath.Clean(s.Path) == clean:
+				return fmt.Errorf("%s is a disk: want another file", m.Path)
+			case s.Map != "" && filepath.Clean(s.Map) == clean:
+				return fmt.Errorf("%s is given twice", m.Path)
+			}
+		}
+		specs[at].Map = m.Path
+	}
+	return nil
 }
 
 // defaultName is the file's name without its ending.

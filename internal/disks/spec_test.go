@@ -63,3 +63,36 @@ func TestCheckName(t *testing.T) {
 		require.Error(t, CheckName(name), "%.20q", name)
 	}
 }
+
+func TestPlaceMaps(t *testing.T) {
+	for _, c := range []struct {
+		disks, maps []string
+		want        []string // the maps of the disks
+		err         string
+	}{
+		{[]string{"a.raw"}, nil, []string{""}, ""},
+		{[]string{"a.raw"}, []string{"m"}, []string{"m"}, ""},
+		{[]string{"vm=a.raw"}, []string{"./x=m"}, []string{"./x=m"}, ""},
+		{[]string{"/dev/vg/a", "data=b"}, []string{"data=n", "a=/maps/m"}, []string{"/maps/m", "n"}, ""},
+		{[]string{"a", "b"}, []string{"b=n"}, []string{"", "n"}, ""},
+		{[]string{"a", "b"}, []string{"n"}, nil, "whose map"},
+		{[]string{"a"}, []string{"c=n"}, nil, `no --disk is called "c"`},
+		{[]string{"a"}, []string{"m", "n"}, nil, "both for the disk"},
+		{[]string{"a", "b"}, []string{"a=m", "b=./m"}, nil, "given twice"},
+		{[]string{"a", "b"}, []string{"a=b"}, nil, "is a disk"},
+		{[]string{"a"}, []string{"a="}, nil, "both sides"},
+		{[]string{"a"}, []string{""}, nil, "empty"},
+	} {
+		specs, err := ParseSpecs(c.disks)
+		require.NoError(t, err)
+		err = PlaceMaps(specs, c.maps)
+		if c.err != "" {
+			require.ErrorContains(t, err, c.err, "%v", c.maps)
+			continue
+		}
+		require.NoError(t, err, "%v", c.maps)
+		for i, want := range c.want {
+			require.Equal(t, want, specs[i].Map)
+		}
+	}
+}

@@ -3,8 +3,12 @@ package inspect
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"syscall"
 
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
@@ -37,27 +41,52 @@ type Report struct {
 	Partial    int64  `json:"partial"`
 	Missing    int64  `json:"missing"`
 	Runs       []Run  `json:"missing_runs"`
+	Problem    string `json:"problem,omitempty"` // why the disk cannot be the one of the map
 }
 
 // Of reads the map at path, of disk, and changes nothing.
 func Of(disk, path string) (*Report, error) {
 	i, err := lazy.Inspect(path)
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("%w: dest keeps no map there: is %s a disk that dest has received, and is its map elsewhere (--map)?", err, disk)
+	case err != nil:
 		return nil, err
 	}
 	r := &Report{
 		Disk: disk, Map: path, State: i.State.String(), InUse: i.InUse,
-		Safe: i.State == lazy.MapComplete && !i.InUse,
 		Size: i.Identity.Size, BlockSize: i.Identity.BlockSize, Name: i.Identity.Name,
 		Device: i.Identity.Device.String(), Source: i.Identity.Source.String(), Generation: i.Identity.Generation,
 		Fetched: i.Fetched, Written: i.Written, Partial: i.Partial, Missing: i.Missing,
-		Runs: []Run{},
+		Runs: []Run{}, Problem: unfit(disk, i.Identity.Size),
 	}
+	r.Safe = i.State == lazy.MapComplete && !i.InUse && r.Problem == ""
 	i.EachMissing(func(off, length int64) bool {
 		r.Runs = append(r.Runs, Run{off, length})
 		return true
 	})
 	return r, nil
+}
+
+// unfit says why disk cannot be the one of a map of size bytes; empty if it can.
+func unfit(disk string, size int64) string {
+	f, err := os.OpenFile(disk, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO is no reason to hang
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close() // only read
+	info, err := f.Stat()
+	if err != nil {
+		return err.Error()
+	}
+	have, err := f.Seek(0, io.SeekEnd)
+	switch {
+	case err != nil:
+		return err.Error()
+	case have < size, have > size && info.Mode().IsRegular():
+		return fmt.Sprintf("%s has %d bytes, and its map is of a disk of %d", disk, have, size)
+	}
+	return ""
 }
 
 // WriteJSON writes the report as JSON.
@@ -82,6 +111,8 @@ func (r *Report) WriteText(w io.Writer) error {
 		p.line("  missing: %d bytes at %d", run.Length, run.Offset)
 	}
 	switch {
+	case r.Problem != "":
+		p.line("not safe: %s", r.Problem)
 	case r.InUse:
 		p.line("in use: a dest has this disk now; the numbers are those of its last save")
 	case r.Safe:
