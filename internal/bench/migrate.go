@@ -2,12 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/silo-nbd/silo-nbd/internal/disks"
 )
 
 // migration is a source and a destination that the measurement looks at.
@@ -32,6 +36,9 @@ func (b *bench) migrate(ctx context.Context, s setup) (*migration, error) {
 		s.connect = s.listen
 	}
 	socket := filepath.Join(b.memory, "nbd.sock")
+	if err := os.Remove(s.dst + disks.MapSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err // of an earlier round, whose disk is gone
+	}
 	source, err := startChild(ctx, b.silo, append([]string{"source", "--disk", "disk=" + s.src, "--listen", s.listen}, s.sourceArgs...)...)
 	if err != nil {
 		return nil, err
