@@ -82,10 +82,16 @@ func negotiate(conn net.Conn, name string, secure func() (net.Conn, error)) (net
 	b = append(b, name...)
 	b = binary.BigEndian.AppendUint16(b, 1)
 	b = binary.BigEndian.AppendUint16(b, infoBlockSize)
-	if err := sendOption(conn, optGo, b); err != nil {
-		return nil, export{}, fmt.Errorf("asking for export %q: %w", name, err)
+	sendErr := sendOption(conn, optGo, b)
+	if sendErr != nil && secure == nil {
+		return nil, export{}, fmt.Errorf("asking for export %q: %w", name, sendErr)
 	}
+	// A server that refuses our certificate may hang up before we have written;
+	// what it said about it can still be read.
 	e, err := readGoReplies(conn, name)
+	if err == nil {
+		err = sendErr
+	}
 	if err != nil && secure != nil && !errors.As(err, new(*refusal)) && !isTimeout(err) {
 		// In TLS 1.3 a server looks at the client's certificate after the
 		// client thinks that all is well.
