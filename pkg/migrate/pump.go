@@ -9,8 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
@@ -52,7 +50,7 @@ type pump struct {
 	order   *order
 	to      sender
 	window  *window       // shared by the disks of a connection
-	limiter *rate.Limiter // nil: no limit
+	limit   *throttle
 	counts  *counters
 
 	// runBytes is the largest data packet that the other side takes; one block
@@ -66,7 +64,6 @@ type pump struct {
 	zeroBest     atomic.Int64  // nanoseconds of the quickest answer to one
 	flights      sync.Pool     // of *flight
 	greeted      func()        // called for every answer
-	paidAt       time.Time     // when the rate allows the next packet; bulkLoop's
 
 	failOnce sync.Once
 	failed   chan struct{} // closed after err is set
@@ -78,9 +75,9 @@ type counters struct {
 	sent atomic.Int64 // bytes of data packets
 }
 
-func newPump(disk SourceDisk, o *order, to sender, w *window, l *rate.Limiter, c *counters, greeted func()) *pump {
+func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func()) *pump {
 	p := &pump{
-		disk: disk, order: o, to: to, window: w, limiter: l, counts: c, greeted: greeted,
+		disk: disk, order: o, to: to, window: w, limit: l, counts: c, greeted: greeted,
 		demandSlots:  make(chan struct{}, demandPackets),
 		demandLanded: make(chan struct{}, 1),
 		holes:        make(chan struct{}, zeroSlots),
@@ -129,11 +126,14 @@ func (p *pump) bulkLoop(ctx context.Context) error {
 			}
 			continue
 		}
-		if !hint && time.Now().Before(p.paidAt) {
-			if err := p.waitRate(ctx, delayed); err != nil {
+		if !hint {
+			held, err := p.waitRate(ctx, delayed)
+			if err != nil {
 				return err
 			}
-			continue // a hint may have come
+			if held {
+				continue // a hint may have come
+			}
 		}
 		if err := p.sendBulk(ctx, r, from); err != nil {
 			return err
@@ -150,15 +150,17 @@ func (p *pump) waitBulk(ctx context.Context, delayed time.Duration) error {
 		defer t.Stop()
 		due = t.C
 	}
-	return p.waitFor(ctx, due)
+	return p.waitFor(ctx, due, nil)
 }
 
-// waitFor waits for the order to wake the background, or for due.
-func (p *pump) waitFor(ctx context.Context, due <-chan time.Time) error {
+// waitFor waits for the order to wake the background, for due, or for changed.
+func (p *pump) waitFor(ctx context.Context, due <-chan time.Time, changed <-chan struct{}) error {
 	select {
 	case <-p.order.bulkWake:
 		return nil
 	case <-due:
+		return nil
+	case <-changed:
 		return nil
 	case <-p.failed:
 		return p.err
@@ -256,33 +258,27 @@ func (p *pump) giveWay(ctx context.Context) {
 
 // packet is the most that one packet of the background should hold, in bytes.
 func (p *pump) packet() int64 {
-	n := min(p.runBytes.Load(), p.window.packet())
-	if p.limiter != nil {
-		n = min(n, int64(p.limiter.Burst()))
-	}
-	return n
+	return p.limit.packet(min(p.runBytes.Load(), p.window.packet()))
 }
 
-// waitRate waits until what the background has sent fits the rate, a hint may
-// have come, or a block that failed is due (delayed, if not 0).
-func (p *pump) waitRate(ctx context.Context, delayed time.Duration) error {
-	wait := time.Until(p.paidAt)
-	if delayed > 0 {
-		wait = min(wait, delayed)
+// waitRate waits if what the background has sent does not fit the rate yet, or
+// if it is paused: until that may have changed, a hint may have come, or a block
+// that failed is due (delayed, if not 0).
+func (p *pump) waitRate(ctx context.Context, delayed time.Duration) (held bool, err error) {
+	held, wait, changed := p.limit.hold()
+	if !held {
+		return false, nil
 	}
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	return p.waitFor(ctx, t.C)
-}
-
-// owe adds n bytes, at most the burst, to what is to be paid before the next
-// packet.
-func (p *pump) owe(n int64) {
-	if p.limiter == nil || n == 0 {
-		return
+	if wait <= 0 || delayed > 0 && delayed < wait {
+		wait = delayed
 	}
-	now := time.Now()
-	p.paidAt = now.Add(p.limiter.ReserveN(now, int(n)).DelayFrom(now))
+	var due <-chan time.Time
+	if wait > 0 {
+		t := time.NewTimer(wait)
+		defer t.Stop()
+		due = t.C
+	}
+	return true, p.waitFor(ctx, due, changed)
 }
 
 // demandLoop sends what is asked for until ctx is done or the disk fails.
@@ -356,7 +352,7 @@ func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priori
 	f := p.flights.Get().(*flight)
 	f.span, f.demand, f.hole = s, pri == protocol.PriorityUrgent, false
 	if !f.demand {
-		p.owe(n)
+		p.limit.owe(n)
 		f.mark = p.window.begin(n)
 		return f, nil
 	}

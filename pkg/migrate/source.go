@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/time/rate"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
@@ -39,8 +38,8 @@ type SourceOptions struct {
 	// BlockSize is the unit of the migration in bytes, a power of two; 0 is
 	// DefaultBlockSize.
 	BlockSize int64
-	// Rate bounds the background in bytes a second, over all disks; 0 is no
-	// bound. Blocks that were asked for are exempt.
+	// Rate bounds the background in bytes a second, over all disks, until
+	// SetRate; 0 is no bound. Blocks that were asked for are exempt.
 	Rate int64
 	// Listening says that the Connector accepts connections: one that comes to
 	// nothing is logged, and the next is awaited.
@@ -53,7 +52,7 @@ type Source struct {
 	opts  SourceOptions
 	log   *slog.Logger
 	disks []*sourceDisk
-	limit *rate.Limiter // nil: no bound
+	limit *throttle
 }
 
 // sourceDisk is one disk and what is known of it over all connections.
@@ -92,16 +91,8 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 		names[d.Name] = true
 		s.disks = append(s.disks, &sourceDisk{SourceDisk: d, geo: geo, order: newOrder(geo)})
 	}
-	if opts.Rate > 0 {
-		s.limit = rate.NewLimiter(rate.Limit(opts.Rate), int(burst(opts)))
-	}
+	s.limit = newThrottle(opts.BlockSize, opts.Rate)
 	return s, nil
-}
-
-// burst is what the background may send at once, in bytes: what the rate allows
-// in a twentieth of a second, and at least a block.
-func burst(opts SourceOptions) int64 {
-	return max(opts.BlockSize, min(maxPacket, opts.Rate/20))
 }
 
 // Run moves the disks over one connection after another, until the
