@@ -21,6 +21,10 @@ var (
 	ErrUnexpected = errors.New("packet out of place")
 	// ErrRefused says that the factory did not take the device.
 	ErrRefused = errors.New("the device was refused")
+	// ErrNoRoom says that a store has no room for what is written to it, and may
+	// have later. It is for a store to return, wrapped; at the source a RemoteError
+	// is one when the peer says so.
+	ErrNoRoom = errors.New("no room")
 )
 
 // RemoteError says that the peer answered a request with an error, or did less
@@ -29,6 +33,7 @@ type RemoteError struct {
 	Op       string // "read" or "write"
 	Off, Len int64  // what was asked for, in bytes
 	Done     int64  // how many bytes the peer says it has done
+	NoRoom   bool   // the peer says that it has no room for them
 }
 
 // Error names the request.
@@ -36,5 +41,11 @@ func (e *RemoteError) Error() string {
 	if e.Done > 0 {
 		return fmt.Sprintf("protocol: the peer did only %d bytes of a %s of %d bytes at %d", e.Done, e.Op, e.Len, e.Off)
 	}
+	if e.NoRoom {
+		return fmt.Sprintf("protocol: the peer has no room to %s %d bytes at %d", e.Op, e.Len, e.Off)
+	}
 	return fmt.Sprintf("protocol: the peer could not %s %d bytes at %d", e.Op, e.Len, e.Off)
 }
+
+// Is makes a refusal for want of room an ErrNoRoom.
+func (e *RemoteError) Is(target error) bool { return e.NoRoom && target == ErrNoRoom }

@@ -23,12 +23,14 @@ type incoming struct {
 	block   uint32 // bytes
 	id      uint32 // of the DevInfo
 	window  int64  // bytes of bulk data that an extended peer may have in flight
+	reasons bool   // the peer takes a reason with a refusal
 
 	account account // guarded by the budget
 
 	// Set by open before the workers start:
-	store  storage.StorageProvider
-	zeroer storage.Zeroer
+	refusal string // set by the factory: why there is no store
+	store   storage.StorageProvider
+	zeroer  storage.Zeroer
 
 	mu   sync.Mutex
 	work sync.Cond // there is something to do, or the end
@@ -42,7 +44,8 @@ type incoming struct {
 	running    int // jobs that workers have
 	alone      bool
 	unanswered int
-	controls   int // those of unanswered that are barriers
+	controls   int  // those of unanswered that are barriers
+	turnedAway bool // what comes is dropped
 	closed     bool
 }
 
@@ -78,6 +81,7 @@ func (in *incoming) announce(di *wire.DevInfo, h wire.Header) error {
 		return fmt.Errorf("device of %d bytes: %w", di.Size, wire.ErrTooLarge)
 	}
 	in.known, in.size, in.block, in.id = true, di.Size, di.BlockSize, h.ID
+	in.reasons = di.Extension != nil && di.Extension.Revision >= wire.RevisionReason
 	// A quarter of the share stays for data that is asked for, which the window does
 	// not count. A window of 0 would mean that there is no limit.
 	share := in.p.budget.open(&in.account)
@@ -130,27 +134,18 @@ func (in *incoming) forgetInfo() {
 func (in *incoming) openLoop() {
 	store := in.factory(in.info)
 	if store == nil {
-		in.p.end(fmt.Errorf("device %d (%.64q): %w", in.dev, in.info.Name, ErrRefused))
+		in.turnAway()
 		return
 	}
 	in.store = store
 	in.zeroer, _ = store.(storage.Zeroer)
-	extended := in.info.Extension != nil
+	peer := in.info.Extension
 	in.forgetInfo()
-	if extended {
-		m := wire.DevInfoResponse{Extension: wire.Extension{
-			Revision: wire.Revision,
-			MaxData:  uint32(min(int64(in.p.opts.MaxData), in.window)),
-			Window:   uint32(min(in.window, math.MaxUint32)),
-		}}
-		packet, err := m.AppendBinary(nil)
-		if err != nil {
-			in.p.end(err)
-			return
-		}
-		if err := in.p.outbox.send(in.dev, in.id, packet, true); err != nil {
+	if peer != nil {
+		if in.answerInfo(in.terms()) != nil {
 			return // the connection has ended and has its reason
 		}
+		in.p.bond(in.dev, peer)
 	}
 	for range in.p.opts.Workers - 1 {
 		in.p.start(in.workLoop)
@@ -221,6 +216,11 @@ func (in *incoming) push(j job) error {
 		in.mu.Unlock()
 		in.drop(&j)
 		return in.p.closedErr()
+	}
+	if in.turnedAway {
+		in.mu.Unlock()
+		in.drop(&j)
+		return nil
 	}
 	if in.unanswered >= maxUnanswered || in.controls >= maxControl && j.barrier() {
 		unanswered, controls := in.unanswered, in.controls

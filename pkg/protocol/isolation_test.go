@@ -94,7 +94,7 @@ func TestTheWindowKeepsAStuckDeviceInsideItsShare(t *testing.T) {
 		}
 		peer, ok := a.Peer()
 		require.True(t, ok)
-		require.Equal(t, wire.Extension{Revision: 1, MaxData: 1 << 20, Window: 24 << 20}, peer)
+		require.Equal(t, wire.Extension{Revision: wire.Revision, MaxData: 1 << 20, Window: 24 << 20}, peer)
 
 		stuck := make(chan error, 1)
 		data := fill(block, 1)

@@ -74,7 +74,7 @@ const (
 func (o *Options) maxLength(c wire.Command) int64 {
 	var n int64
 	switch c {
-	case wire.CommandReadAt, wire.CommandNeedAt, wire.CommandDontNeedAt, wire.CommandRemoveDev,
+	case wire.CommandReadAt, wire.CommandNeedAt, wire.CommandDontNeedAt, wire.CommandRemoveDev, wire.CommandAlive,
 		wire.CommandReadAtResponseErr, wire.CommandWriteAtResponse, wire.CommandWriteAtResponseErr,
 		wire.CommandEventResponse, wire.CommandHashesResponse, wire.CommandDirtyListResponse:
 		n = maxSmall

@@ -2,6 +2,7 @@ package protocol
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"sync/atomic"
@@ -13,15 +14,18 @@ import (
 func (in *incoming) perform(j *job) {
 	switch j.command {
 	case wire.CommandWriteAt:
-		n, ok := in.write(j)
+		n, err := in.write(j)
 		in.drop(j) // before the answer, which may have to wait for the socket
-		if ok {
-			var b [5]byte
+		var b [5]byte
+		switch {
+		case err == nil:
 			b[0] = byte(wire.CommandWriteAtResponse)
 			binary.LittleEndian.PutUint32(b[1:], uint32(n))
 			in.answer(j, b[:])
-		} else {
-			in.answer(j, []byte{byte(wire.CommandWriteAtResponseErr)})
+		case in.reasons && errors.Is(err, ErrNoRoom):
+			in.answer(j, append(b[:0], byte(wire.CommandWriteAtResponseErr), byte(wire.ReasonNoRoom)))
+		default:
+			in.answer(j, append(b[:0], byte(wire.CommandWriteAtResponseErr)))
 		}
 	case wire.CommandReadAt:
 		in.read(j)
@@ -41,17 +45,16 @@ func (in *incoming) answer(j *job, packet []byte) {
 }
 
 // write applies a WriteAt. Why a store fails is its owner's to tell: the peer
-// hears only that it did.
-func (in *incoming) write(j *job) (n int64, ok bool) {
+// hears only that it did, and whether it was for want of room.
+func (in *incoming) write(j *job) (n int64, err error) {
 	switch {
 	case j.rle:
-		err := in.writeRunLength(j)
-		return j.length, err == nil
+		return j.length, in.writeRunLength(j)
 	case j.length == 0:
-		return 0, true
+		return 0, nil
 	}
 	written, err := in.store.WriteAt(j.buf.b, j.off)
-	return int64(written), err == nil
+	return int64(written), err
 }
 
 // read answers a ReadAt from the store.

@@ -93,6 +93,7 @@ type ProtocolRW struct {
 	outbox outbox // small packets on their way to sender
 	budget budget // memory for received data
 
+	life    lifeline
 	done    chan struct{} // closed by end after err is set
 	err     error         // why the connection ended; read only after done
 	settled chan struct{} // closed by end when every call is completed
@@ -100,7 +101,7 @@ type ProtocolRW struct {
 	wg      sync.WaitGroup // Handle and every goroutine of a device
 
 	// Used by Handle's goroutine alone:
-	br      *bufio.Reader
+	br      *bufio.Reader // over life
 	scratch []byte
 
 	mu sync.Mutex // guards state; never held while writing, or while calling out
@@ -129,9 +130,10 @@ func NewProtocolRW(ctx context.Context, r io.Reader, w io.Writer, newDevice func
 		w:         w,
 		done:      make(chan struct{}),
 		settled:   make(chan struct{}),
-		br:        bufio.NewReaderSize(r, readBuffer),
 		devices:   make(map[uint32]*device),
 	}
+	p.life.r, p.life.gone = r, func() { p.end(ErrSilent) }
+	p.br = bufio.NewReaderSize(&p.life, readBuffer)
 	p.sender.init(w)
 	p.outbox.init(p)
 	p.budget.init(p.opts.Memory)

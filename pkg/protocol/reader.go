@@ -73,6 +73,12 @@ func (p *ProtocolRW) dispatch(command wire.Command, h wire.Header) error {
 		return p.announced(h, &di)
 	case wire.CommandNeedAt, wire.CommandDontNeedAt:
 		return p.readNeed(command, h)
+	case wire.CommandAlive: // that it came is all that it says
+		b, err := p.readSmall(h.Length)
+		if err != nil {
+			return err
+		}
+		return new(wire.Alive).UnmarshalBinary(b)
 	case wire.CommandReadAt, wire.CommandWriteAt, wire.CommandWriteAtWithMap, wire.CommandDirtyList,
 		wire.CommandEvent, wire.CommandHashes, wire.CommandRemoveDev, wire.CommandRemoveFromMap,
 		wire.CommandAlternateSources:

@@ -90,16 +90,26 @@ func (p *ProtocolRW) finishCall(c *call, command wire.Command, n uint32) error {
 		if err := m.UnmarshalBinary(b); err != nil {
 			return err
 		}
+		if m.Extension.Refused != "" {
+			p.end(&RefusedError{Dev: c.dev, Reason: oneLine(m.Extension.Refused)})
+			return p.closedErr()
+		}
 		c.to.peerAnswered(m.Extension)
+		p.bond(c.dev, &m.Extension)
 		c.finish(nil)
+		return nil
+	case wire.CommandWriteAtResponseErr:
+		var m wire.WriteAtResponseErr
+		if err := m.UnmarshalBinary(b); err != nil {
+			return err
+		}
+		c.finish(&RemoteError{Op: "write", Off: c.off, Len: c.length, NoRoom: m.Reason == wire.ReasonNoRoom})
 		return nil
 	}
 	if err := wire.DecodeBare(b, command); err != nil {
 		return err
 	}
 	switch command {
-	case wire.CommandWriteAtResponseErr:
-		c.finish(&RemoteError{Op: "write", Off: c.off, Len: c.length})
 	case wire.CommandReadAtResponseErr:
 		c.finish(&RemoteError{Op: "read", Off: c.off, Len: c.length})
 	default:

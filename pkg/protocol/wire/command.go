@@ -29,6 +29,8 @@ const (
 	CommandDeviceGroupInfo  Command = 0x0d // later than 0.1.5: named, not taken
 	CommandReadByHash       Command = 0x0e // later than 0.1.5: named, not taken
 
+	CommandAlive Command = 0x7c // ours: I am there
+
 	CommandReadAtResponse     Command = 0x81
 	CommandReadAtResponseErr  Command = 0x82
 	CommandWriteAtResponse    Command = 0x83
@@ -54,6 +56,7 @@ var commandNames = map[Command]string{
 	CommandAlternateSources:   "AlternateSources",
 	CommandDeviceGroupInfo:    "DeviceGroupInfo",
 	CommandReadByHash:         "ReadByHash",
+	CommandAlive:              "Alive",
 	CommandReadAtResponse:     "ReadAtResponse",
 	CommandReadAtResponseErr:  "ReadAtResponseErr",
 	CommandWriteAtResponse:    "WriteAtResponse",

@@ -6,7 +6,13 @@ import (
 )
 
 // Revision is the revision of the extension that this package writes.
-const Revision = 1
+const Revision = 2
+
+// What a peer can do that says it has this revision or a later one.
+const (
+	RevisionAlive  = 2 // it sends Alive every few seconds, and takes it
+	RevisionReason = 2 // it takes a WriteAtResponseErr with a Reason
+)
 
 // The types of the extension's fields. Each is a u16 type, a u16 length and so
 // many bytes of value.
@@ -16,6 +22,8 @@ const (
 	fieldLive     = 3 // no value: there or not
 	fieldWindow   = 4 // u32
 	fieldIdentity = 5 // 16 bytes UUID, u64 generation
+	fieldRefused  = 6 // text
+	lastField     = fieldRefused
 )
 
 // Extension is what we say beyond Silo: fields behind the schema in DevInfo,
@@ -27,7 +35,10 @@ type Extension struct {
 	Live     bool   // the source is still being written
 	// Identity is the source's disk, in DevInfo; zero if it has none.
 	Identity Identity
-	Unknown  []Field
+	// Refused is why the destination does not take the device, in a
+	// DevInfoResponse; empty if it does. Whose words these are nobody knows.
+	Refused string
+	Unknown []Field
 }
 
 // Identity says which disk a device is, and which of its contents: two with the
@@ -68,8 +79,14 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 		b = append(appendFieldHead(b, fieldIdentity, 24), e.Identity.UUID[:]...)
 		b = binary.LittleEndian.AppendUint64(b, e.Identity.Generation)
 	}
+	if e.Refused != "" {
+		if len(e.Refused) > MaxRefused {
+			return b, fmt.Errorf("wire: refusal of %d bytes: %w", len(e.Refused), ErrTooLarge)
+		}
+		b = append(appendFieldHead(b, fieldRefused, len(e.Refused)), e.Refused...)
+	}
 	for _, f := range e.Unknown {
-		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= fieldIdentity {
+		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= lastField {
 			return b, fmt.Errorf("wire: extension field %d of %d bytes: %w", f.Type, len(f.Value), ErrInvalid)
 		}
 		b = append(appendFieldHead(b, f.Type, len(f.Value)), f.Value...)
@@ -124,6 +141,11 @@ func (e *Extension) read(c *cursor) {
 			if e.Identity == (Identity{}) {
 				c.fail(fmt.Errorf("%w: identity of zeroes", ErrInvalid))
 			}
+		case fieldRefused:
+			if length > MaxRefused {
+				c.fail(fmt.Errorf("%w: refusal of %d bytes", ErrTooLarge, length))
+			}
+			e.Refused = string(value.rest())
 		default:
 			e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
 		}

@@ -66,6 +66,9 @@ func FuzzRemoveDev(f *testing.F)        { fuzzMessage[RemoveDev](f) }
 func FuzzRemoveFromMap(f *testing.F)    { fuzzMessage[RemoveFromMap](f) }
 func FuzzAlternateSources(f *testing.F) { fuzzMessage[AlternateSources](f) }
 
+func FuzzAlive(f *testing.F)              { fuzzMessage[Alive](f) }
+func FuzzWriteAtResponseErr(f *testing.F) { fuzzMessage[WriteAtResponseErr](f) }
+
 func FuzzHeader(f *testing.F) {
 	f.Add(make([]byte, HeaderSize))
 	f.Fuzz(func(t *testing.T, in []byte) {

@@ -84,6 +84,7 @@ func TestExtensionRoundTrip(t *testing.T) {
 		{Revision: 1},
 		{Revision: 7, MaxData: 1 << 20, Window: 3 << 20, Live: true},
 		{Revision: 1, Identity: Identity{UUID: [16]byte{1, 15: 2}, Generation: 1 << 60}},
+		{Revision: 2, Refused: "another disk"},
 		{Revision: 1, Unknown: []Field{{Type: 9, Value: []byte{}}, {Type: 77, Value: []byte("later")}}},
 	} {
 		in := DevInfo{Size: 10, BlockSize: 5, Name: "n", Schema: "s", Extension: &ext}

@@ -11,6 +11,8 @@ const (
 	MaxSchema = 64 << 10
 	// MaxExtension is the longest extension of a DevInfo, in bytes.
 	MaxExtension = 64 << 10
+	// MaxRefused is the longest reason of a refusal in it, in bytes.
+	MaxRefused = 1 << 10
 	// MaxAlternateSources is the most entries of one AlternateSources packet.
 	MaxAlternateSources = 1 << 20
 	// MaxLocation is the longest location in it, in bytes.

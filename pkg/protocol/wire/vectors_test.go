@@ -94,6 +94,10 @@ func like(m message) message {
 		return new(WriteAt)
 	case *WriteAtResponse:
 		return new(WriteAtResponse)
+	case *WriteAtResponseErr:
+		return new(WriteAtResponseErr)
+	case *Alive:
+		return new(Alive)
 	case *NeedAt:
 		return new(NeedAt)
 	case *DontNeedAt:
@@ -251,6 +255,7 @@ func allMessages() []message {
 	return append(list,
 		&WriteAt{Type: WriteRunLength, Off: 8192, Data: AppendRLE(nil, []byte("aaaaaaaaab"))},
 		&WriteAt{Type: WriteHash, Off: 8192, Length: 9, Sum: abc},
+		&Alive{}, &WriteAtResponseErr{Reason: ReasonNoRoom},
 		&DevInfoResponse{Extension: Extension{Revision: 1, MaxData: 1 << 20}})
 }
 

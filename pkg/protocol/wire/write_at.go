@@ -132,3 +132,41 @@ func (m *WriteAtResponse) UnmarshalBinary(b []byte) error {
 	m.Bytes = c.u32()
 	return c.done()
 }
+
+// Reason is why a WriteAt was refused.
+type Reason byte
+
+const (
+	// ReasonUnknown says nothing: Silo's only answer, and that to whoever has not
+	// said that it reads more.
+	ReasonUnknown Reason = 0
+	// ReasonNoRoom says that there is no room for the data now, and may be later.
+	ReasonNoRoom Reason = 1
+)
+
+// WriteAtResponseErr says that a WriteAt was refused. Its reason is ours, for a
+// peer of revision RevisionReason or later; others get the command byte alone.
+type WriteAtResponseErr struct {
+	Reason Reason
+}
+
+// AppendBinary appends the packet.
+func (m *WriteAtResponseErr) AppendBinary(b []byte) ([]byte, error) {
+	b = append(b, byte(CommandWriteAtResponseErr))
+	if m.Reason != ReasonUnknown {
+		b = append(b, byte(m.Reason))
+	}
+	return b, nil
+}
+
+// UnmarshalBinary decodes a whole packet. A reason that is not known is kept.
+func (m *WriteAtResponseErr) UnmarshalBinary(b []byte) error {
+	c := newCursor(b, CommandWriteAtResponseErr)
+	m.Reason = ReasonUnknown
+	if c.err == nil && len(c.b) > 0 {
+		if m.Reason = Reason(c.u8()); m.Reason == ReasonUnknown {
+			c.fail(fmt.Errorf("%w: reason 0", ErrInvalid))
+		}
+	}
+	return c.done()
+}
