@@ -39,6 +39,7 @@ type incoming struct {
 	info       *wire.DevInfo // when the store is there only what forgetInfo leaves of it
 	infoCharge int64         // bytes of the budget that info holds
 	factory    func(di *DevInfo) storage.StorageProvider
+	opened     bool // store may be used
 	jobs       queue
 	idle       int // workers that wait
 	running    int // jobs that workers have
@@ -147,6 +148,9 @@ func (in *incoming) openLoop() {
 		}
 		in.p.bond(in.dev, peer)
 	}
+	in.mu.Lock()
+	in.opened = true
+	in.mu.Unlock()
 	for range in.p.opts.Workers - 1 {
 		in.p.start(in.workLoop)
 	}
@@ -194,8 +198,12 @@ func (in *incoming) finished(j *job) {
 		in.alone = false
 		in.work.Broadcast()
 	}
-	if in.running == 0 && in.jobs.n == 0 {
+	switch {
+	case in.running > 0:
+	case in.jobs.n == 0:
 		in.rest.Broadcast()
+	default: // a barrier may have waited for the reader, which does not take it
+		in.work.Signal()
 	}
 }
 
@@ -209,7 +217,13 @@ func (in *incoming) drain() {
 	}
 }
 
-// push queues a job. It never waits; a peer with too many is an error.
+// quietLocked says that the store is there and nothing is on its way to it.
+func (in *incoming) quietLocked() bool {
+	return in.opened && in.running == 0 && in.jobs.n == 0
+}
+
+// push queues a job, or leaves data for a store at rest to the reader, which
+// calls it. It never waits; a peer with too many is an error.
 func (in *incoming) push(j job) error {
 	in.mu.Lock()
 	if in.closed {
@@ -231,6 +245,12 @@ func (in *incoming) push(j job) error {
 	in.unanswered++
 	if j.barrier() {
 		in.controls++
+	}
+	if in.quietLocked() && j.command == wire.CommandWriteAt {
+		in.running++
+		in.p.own, in.p.ownJob = in, j
+		in.mu.Unlock()
+		return nil
 	}
 	in.jobs.push(j)
 	if in.idle > 0 {

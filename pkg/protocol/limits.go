@@ -1,6 +1,10 @@
 package protocol
 
-import "github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+import (
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+)
 
 // What a peer may cost us. docs/PROTOCOL.md explains each to its users.
 const (
@@ -42,6 +46,9 @@ const (
 	// firstRead is how many bytes of a long list are taken on its word alone;
 	// more memory is taken only as the bytes come.
 	firstRead = 1 << 20
+	// maxAside is how long the goroutine that reads may be at a store before
+	// another one reads on.
+	maxAside = time.Millisecond
 	// maxOutbox is how many bytes of answers wait for the socket before those
 	// who answer have to wait too.
 	maxOutbox = 64 << 10

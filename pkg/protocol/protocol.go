@@ -7,8 +7,8 @@
 // FromProtocol applies what arrives to a store. What both cost and take is in
 // limits.go; the bytes are in package wire and docs/PROTOCOL.md.
 //
-// One goroutine reads: the caller's, in Handle. It never waits for a consumer,
-// with one exception: received data is bounded by Options.Memory, and while
+// One goroutine at a time reads, at first the caller's, in Handle. It never waits
+// for a consumer longer than a moment (see turn), with one exception: received data is bounded by Options.Memory, and while
 // that is used up nothing more is read. A device has a share of the memory that
 // no other can take, and the rest is for whoever needs it.
 package protocol
@@ -19,7 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"sync"
+	"time"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 )
@@ -100,9 +102,12 @@ type ProtocolRW struct {
 	endOnce sync.Once
 	wg      sync.WaitGroup // Handle and every goroutine of a device
 
-	// Used by Handle's goroutine alone:
+	turn turn // whose turn it is to read
+	// Used by the goroutine that reads alone:
 	br      *bufio.Reader // over life
 	scratch []byte
+	own     *incoming // whose ownJob the reader takes to the store itself, or nil
+	ownJob  job
 
 	mu sync.Mutex // guards state; never held while writing, or while calling out
 	// Guarded by mu:
@@ -134,6 +139,7 @@ func NewProtocolRW(ctx context.Context, r io.Reader, w io.Writer, newDevice func
 	}
 	p.life.r, p.life.gone = r, func() { p.end(ErrSilent) }
 	p.br = bufio.NewReaderSize(&p.life, readBuffer)
+	p.turn.ended = make(chan error, 1)
 	p.sender.init(w)
 	p.outbox.init(p)
 	p.budget.init(p.opts.Memory)
@@ -167,11 +173,17 @@ func (p *ProtocolRW) Handle() error {
 		return p.err
 	}
 	defer p.wg.Done()
-	err := p.readPackets()
-	if errors.Is(err, io.EOF) {
-		p.drain() // a peer that hangs up has said what it had to say
+	p.turn.timer = time.AfterFunc(math.MaxInt64, p.relieve)
+	defer p.turn.timer.Stop()
+	p.readLoop()
+	select {
+	case err := <-p.turn.ended:
+		if errors.Is(err, io.EOF) {
+			p.drain() // a peer that hangs up has said what it had to say
+		}
+		p.end(err)
+	case <-p.done: // perhaps nobody reads any more
 	}
-	p.end(err)
 	<-p.done
 	return p.err
 }

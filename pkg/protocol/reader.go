@@ -27,6 +27,12 @@ func (p *ProtocolRW) readPackets() error {
 		if err := p.readPacket(h); err != nil {
 			return err
 		}
+		if p.own == nil {
+			continue
+		}
+		if err := p.performOwn(); err != nil {
+			return err
+		}
 	}
 }
 
