@@ -46,12 +46,12 @@ type sender interface {
 // pump moves one disk's blocks over one connection: what the order says is
 // next, the background within the window and the rate, demand beside them.
 type pump struct {
-	disk    SourceDisk
-	order   *order
-	to      sender
-	window  *window       // shared by the disks of a connection
-	limit   *throttle
-	counts  *counters
+	disk   SourceDisk
+	order  *order
+	to     sender
+	window *window // shared by the disks of a connection
+	limit  *throttle
+	counts *counters
 
 	// runBytes is the largest data packet that the other side takes; one block
 	// until it has said more.

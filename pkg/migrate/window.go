@@ -16,6 +16,10 @@ const (
 	// since a demand read waits for the packet that is on its way.
 	packetTime = 500 * time.Microsecond
 	maxPacket  = 1 << 20
+	// From fastPath on, in bytes a second, what a packet costs the processors
+	// counts for more than what it costs a demand read: packets grow with the
+	// square of the rate.
+	fastPath = 256 << 20
 	// firstWindow is the window until the path has been measured.
 	firstWindow = 256 << 10
 	maxWindow   = 64 << 20
@@ -167,9 +171,9 @@ func (w *window) packet() int64 {
 }
 
 func (w *window) packetLocked() int64 {
-	n := int64(max(w.rate, w.oldRate) * packetTime.Seconds())
-	n = min(n, maxPacket) / w.blockSize * w.blockSize
-	return max(n, w.blockSize)
+	rate := max(w.rate, w.oldRate)
+	n := rate * packetTime.Seconds() * max(1, rate/fastPath)
+	return max(int64(min(n, maxPacket))/w.blockSize*w.blockSize, w.blockSize)
 }
 
 // windowStats is what the window has found out about the path.
