@@ -201,35 +201,6 @@ func loopDevice(t *testing.T, backing string) string {
 	return device
 }
 
-// TestFullDestinationDiskEndsTheMigration moves a disk into a file system that has no room for it.
-func TestFullDestinationDiskEndsTheMigration(t *testing.T) {
-	needRoot(t)
-	need(t, "mount", "umount")
-	dir := socketDir(t)
-	small := filepath.Join(dir, "small")
-	if err := os.Mkdir(small, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if r := command(t, soon, "mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", small); r.code != 0 {
-		lacking(t, "cannot mount a tmpfs: %s", r.stderr)
-	}
-	t.Cleanup(func() { must(t, soon, "umount", small) })
-	disk := filepath.Join(dir, "disk.raw")
-	randomImage(t, disk, 24*mib)
-	before := fileSum(t, disk)
-	listen := address(t, false)
-	source := start(t, "source", siloNBD(t), "source", "--disk", disk, "--listen", listen)
-	waitListening(t, listen)
-	r := command(t, time.Minute, siloNBD(t), "dest", "--disk", filepath.Join(small, "disk.raw"), "--connect", listen, "--nbd", address(t, false), "--exit-when-complete")
-	gaveUp(t, r, 1, "no space left on device")
-	if code := source.wait(time.Minute); code != 1 {
-		t.Errorf("the source ended with %v, want exit code 1: its disk was not moved", source.cmd.ProcessState)
-	}
-	if fileSum(t, disk) != before {
-		t.Error("the source's disk was changed")
-	}
-}
-
 // TestBadAddressIsRefused tries addresses that nothing can be made of, or that belong to somebody else.
 func TestBadAddressIsRefused(t *testing.T) {
 	disk := randomImage(t, filepath.Join(t.TempDir(), "disk.raw"), mib)

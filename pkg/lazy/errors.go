@@ -32,6 +32,16 @@ var (
 	ErrMissing = errors.New("lazy: the range has not arrived")
 )
 
+// NoRoom says that err is for want of room on the file system of the disk or of
+// the map, and not final: what failed can be tried again when there is room.
+func NoRoom(err error) bool { return noRoom(err) }
+
+// MapFull says that err is NoRoom because of the map.
+func MapFull(err error) bool {
+	var room *roomError
+	return errors.As(err, &room)
+}
+
 // IncompleteError says that a device cannot be complete, since blocks are
 // missing.
 type IncompleteError struct {

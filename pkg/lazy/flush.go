@@ -61,15 +61,20 @@ func (f *flusher) flush(ctx context.Context, d *Device) error {
 }
 
 // alone does something to the map while nobody flushes. If it fails, that is
-// final, too.
+// final, too, unless it says that it is only for want of room.
 func (f *flusher) alone(d *Device, do func() error) error {
 	f.turn <- struct{}{}
 	defer func() { <-f.turn }()
 	if err := f.failure(); err != nil {
 		return err
 	}
-	if err := do(); err != nil {
+	err := do()
+	var room *roomError
+	if err != nil && !errors.As(err, &room) {
 		return f.fail(d, err)
+	}
+	if err != nil {
+		return err
 	}
 	return nil
 }
@@ -78,7 +83,7 @@ func (f *flusher) alone(d *Device, do func() error) error {
 // could not write, so no retry can make it good: nothing is acknowledged from
 // here on.
 func (f *flusher) fail(d *Device, err error) error {
-	err = fmt.Errorf("lazy: nothing that is written from here on can be trusted: %w", err)
+	err = &finalError{fmt.Errorf("lazy: nothing that is written from here on can be trusted: %w", err)}
 	d.log.Error("the disk or its map has failed: no later write or flush is taken; reads of what is here go on", "error", err)
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -254,7 +254,7 @@ func (m *Map) update(change func(h *header)) error {
 		return m.error("write the header of", err)
 	}
 	if err := m.file.Sync(); err != nil {
-		return m.error("sync", err)
+		return &finalError{m.error("sync", err)}
 	}
 	m.mu.Lock()
 	m.head = h
@@ -278,7 +278,7 @@ func (m *Map) shrink() error {
 }
 
 func (m *Map) error(op string, err error) error {
-	return fmt.Errorf("lazy: %s the map: %w", op, errno(err))
+	return fmt.Errorf("lazy: %s the map %s: %w", op, m.path, errno(err))
 }
 
 // errno takes off the operation and path that package os puts around an error

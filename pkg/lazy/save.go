@@ -60,8 +60,8 @@ type roomError struct{ error }
 
 func (e *roomError) Unwrap() error { return e.error }
 
-// noRoom says that a write to the map found the file system full. A sync that
-// says so is another matter: what it did not write is gone.
+// noRoom says that a write to the disk or the map found the file system full. A
+// sync that says so is another matter: what it did not write is gone.
 func noRoom(err error) bool {
 	var final *finalError
 	return (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) && !errors.As(err, &final)
@@ -127,7 +127,9 @@ func (d *Device) finish() error {
 	if s.m == nil {
 		return nil
 	}
-	if err := s.m.update(func(h *header) { h.state = MapComplete }); err != nil {
+	if err := s.m.update(func(h *header) { h.state = MapComplete }); noRoom(err) {
+		return &roomError{err}
+	} else if err != nil {
 		return err
 	}
 	if err := s.m.shrink(); err != nil {
@@ -155,6 +157,7 @@ func (d *Device) forget(spans []span) error {
 func (d *Device) saveLoop() {
 	timer := time.NewTimer(saveEvery)
 	defer timer.Stop()
+	var told time.Time // when the log was told that there is no room
 	for {
 		select {
 		case <-d.closing:
@@ -175,7 +178,10 @@ func (d *Device) saveLoop() {
 			var room *roomError
 			switch {
 			case errors.As(err, &room):
-				d.log.Warn("there is no room for the map: what has arrived may have to be sent again after a crash", "error", err)
+				if now := time.Now(); now.Sub(told) >= time.Minute {
+					told = now
+					d.log.Warn("there is no room for the map: what has arrived may have to be sent again after a crash, and flushes fail with ENOSPC; make room", "error", err)
+				}
 			case err != nil:
 				return // said where it was noted
 			}

@@ -261,3 +261,40 @@ func TestL12FullDiskPublishesNothing(t *testing.T) {
 		mustWrite(t, d, 4*testBlock, filled(2, 512))
 	})
 }
+
+// L12: a device whose map finds no room is not complete, and can be when it does.
+func TestL12NoRoomToBecomeComplete(t *testing.T) {
+	for which := 0; ; which++ { // of the writes of Complete to the map
+		a := newAlive(t, 8, Options{})
+		mustWrite(t, a.s, 0, filled(1, 8*testBlock))
+		n := 0
+		a.p.hook = func(what string) error {
+			if what == "write map" {
+				if n++; n-1 == which {
+					return syscall.ENOSPC
+				}
+			}
+			return nil
+		}
+		err := a.d.Complete()
+		if err == nil {
+			if n > which {
+				t.Fatalf("write %d found no room, and the device is complete", which)
+			}
+			if which < 2 {
+				t.Fatalf("only %d writes", which)
+			}
+			return
+		}
+		if !NoRoom(err) || !MapFull(err) || a.d.Stats().Complete {
+			t.Errorf("write %d found no room: %v, %+v", which, err, a.d.Stats())
+		}
+		if err := a.d.Complete(); err != nil {
+			t.Errorf("with room again: %v", err)
+		}
+		a.cut(false, false)
+		if !a.d.Stats().Complete {
+			t.Errorf("write %d found no room, and the power was cut: %+v", which, a.d.Stats())
+		}
+	}
+}

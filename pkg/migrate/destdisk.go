@@ -35,6 +35,7 @@ type destDisk struct {
 	sessions int   // connections so far
 	refused  span  // the first blocks that came and were not taken, and have not come again since
 	err      error // why they were not
+	shortage shortage
 }
 
 // newDestDisk makes the device that takes what a announces into opened.
@@ -102,8 +103,12 @@ func (d *destDisk) detach(s *lazy.Stream) {
 	d.attached--
 }
 
-// refuse notes that [off, off+length) came and was not taken, and returns err.
+// refuse notes that [off, off+length) came and was not taken, and returns what
+// the source is to be told.
 func (d *destDisk) refuse(off, length int64, err error) error {
+	if lazy.NoRoom(err) && !d.plain { // a plain Silo source would not send it again
+		return d.short(err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.err == nil {
@@ -138,7 +143,7 @@ func (d *destDisk) fail(err error) {
 }
 
 // refusal returns why blocks that came were not taken, if some were not and
-// have not come again.
+// have not come again. That there was only no room for them does not count.
 func (d *destDisk) refusal() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -158,7 +163,7 @@ func (d *destDisk) status() DiskStatus {
 		Waiting:       st.Waiting,
 		Connected:     d.attached > 0,
 		Reconnects:    max(0, d.sessions-1),
-		Err:           d.err,
+		Err:           cmp.Or(d.err, d.shortage.err),
 	}
 	if st.Waiting > 0 {
 		s.OldestWait = time.Since(st.OldestWait)
@@ -182,6 +187,7 @@ type arrivals struct {
 	*lazy.Stream
 	disk *destDisk
 	from *protocol.FromProtocol
+	gone <-chan struct{} // closed when the connection has ended
 }
 
 // WriteAt lays down data that came. An error is answered, and the source sends
@@ -195,6 +201,7 @@ func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
 		return n, a.disk.refuse(off, int64(len(p)), err)
 	}
 	a.disk.take(off, int64(n))
+	a.disk.roomy()
 	return n, nil
 }
 
@@ -219,8 +226,8 @@ func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 		answer(nil)
 		return
 	}
-	if err := a.disk.dev.Complete(); err != nil {
-		if !errors.As(err, new(*lazy.IncompleteError)) {
+	if err := a.disk.completeWithRoom(a.gone); err != nil {
+		if !lazy.NoRoom(err) && !errors.As(err, new(*lazy.IncompleteError)) {
 			a.disk.fail(err)
 		}
 		answer(fmt.Errorf("the source says that disk %q is complete: %w", a.disk.name, err))

@@ -70,7 +70,7 @@ func (s *destSession) attach(disk *destDisk, from *protocol.FromProtocol) (*arri
 			return nil, fmt.Errorf("the source brings disk %q twice", disk.name)
 		}
 	}
-	a := &arrivals{disk: disk, from: from, Stream: disk.attach(from)}
+	a := &arrivals{disk: disk, from: from, gone: s.proto.Done(), Stream: disk.attach(from)}
 	s.arrivals = append(s.arrivals, a)
 	return a, nil
 }

@@ -85,27 +85,27 @@ func TestLargestBlockSizeMoves(t *testing.T) {
 
 func dst0(m *migration) []DiskStatus { return m.dst.Status() }
 
-// fullDisk refuses data from limit on, as a file system that is full.
-type fullDisk struct {
+// badDisk refuses data from limit on.
+type badDisk struct {
 	storage.StorageProvider
 	limit int64
 }
 
-func (f fullDisk) WriteAt(p []byte, off int64) (int, error) {
+func (f badDisk) WriteAt(p []byte, off int64) (int, error) {
 	if off+int64(len(p)) > f.limit {
-		return 0, syscall.ENOSPC
+		return 0, syscall.EIO
 	}
 	return f.StorageProvider.WriteAt(p, off)
 }
 
-// how long until a full destination is given up, and what is sent until then.
-func TestFullDestinationIsGivenUpSoon(t *testing.T) {
+// how long until a destination whose disk fails is given up, and what is sent until then.
+func TestBadDestinationIsGivenUpSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store, _ := testDisk(t, 64<<20, 1)
 		src := newSource(t, SourceOptions{Rate: 1 << 20, Listening: true}, SourceDisk{Name: "disk", Store: store})
 		w := newWires()
 		dst := newDestination(t, DestinationOptions{Disks: 1, Listening: true}, func(n string, s uint64) storage.StorageProvider {
-			return fullDisk{memory(n, s), 1 << 20}
+			return badDisk{memory(n, s), 1 << 20}
 		})
 		began := time.Now()
 		m := migrate(t, src, dst, w)

@@ -44,6 +44,7 @@ type order struct {
 	delayed         []delayedBlock     // in no order: there are few
 	attempts        map[int64]int      // how often a block that is not settled has failed
 	unneeded        map[int64]struct{} // flying blocks that are not needed any more
+	room            room               // at the destination
 }
 
 type delayedBlock struct {
@@ -201,6 +202,9 @@ func (o *order) nextAskedLocked(from, to int64) int64 {
 func (o *order) peekBulk() (block int64, hint, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.room.held {
+		return 0, false, false
+	}
 	for {
 		s, ok := o.hints.front()
 		if !ok {
@@ -245,8 +249,12 @@ func (o *order) retryLocked() (block int64, ok bool) {
 func (o *order) takeBulk(from, limit int64) (span, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !o.pending.get(from) {
+	if !o.pending.get(from) || o.room.held {
 		return span{}, false
+	}
+	if o.room.none {
+		o.room.probing, o.room.held = true, true
+		limit = 1
 	}
 	return o.takeLocked(from, from+limit, false), true
 }
@@ -281,6 +289,7 @@ func (o *order) done(s span) {
 	defer o.mu.Unlock()
 	o.out -= o.flying.clearRange(s.from, s.to)
 	o.asked.clearRange(s.from, s.to)
+	o.roomLocked()
 	if len(o.attempts)+len(o.unneeded) > 0 {
 		for b := s.from; b < s.to; b++ {
 			delete(o.attempts, b)
@@ -297,6 +306,7 @@ func (o *order) failed(s span, now time.Time) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.out -= o.flying.clearRange(s.from, s.to)
+	o.room.probing = false
 	again := true
 	for b := s.from; b < s.to; b++ {
 		if _, ok := o.unneeded[b]; ok {
@@ -315,7 +325,8 @@ func (o *order) failed(s span, now time.Time) bool {
 }
 
 // release makes the delayed blocks that are due pending again, and returns how
-// long it is until the next one is; 0 if none is delayed.
+// long it is until the next one is, or one may go to a destination without room;
+// 0 if none is delayed.
 func (o *order) release(now time.Time) (next time.Duration) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -335,6 +346,9 @@ func (o *order) release(now time.Time) (next time.Duration) {
 		}
 	}
 	o.delayed = kept
+	if probe := o.probeLocked(now); probe > 0 && (next == 0 || probe < next) {
+		next = probe
+	}
 	return next
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,6 +53,7 @@ type pump struct {
 	window *window // shared by the disks of a connection
 	limit  *throttle
 	counts *counters
+	log    *slog.Logger
 
 	// runBytes is the largest data packet that the other side takes; one block
 	// until it has said more.
@@ -64,6 +66,7 @@ type pump struct {
 	zeroBest     atomic.Int64  // nanoseconds of the quickest answer to one
 	flights      sync.Pool     // of *flight
 	greeted      func()        // called for every answer
+	toldFull     time.Time     // when the log was told that the destination is full; bulkLoop's
 
 	failOnce sync.Once
 	failed   chan struct{} // closed after err is set
@@ -75,9 +78,9 @@ type counters struct {
 	sent atomic.Int64 // bytes of data packets
 }
 
-func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func()) *pump {
+func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func(), log *slog.Logger) *pump {
 	p := &pump{
-		disk: disk, order: o, to: to, window: w, limit: l, counts: c, greeted: greeted,
+		disk: disk, order: o, to: to, window: w, limit: l, counts: c, greeted: greeted, log: log,
 		demandSlots:  make(chan struct{}, demandPackets),
 		demandLanded: make(chan struct{}, 1),
 		holes:        make(chan struct{}, zeroSlots),
@@ -121,6 +124,7 @@ func (p *pump) bulkLoop(ctx context.Context) error {
 		delayed := p.order.release(time.Now())
 		from, hint, ok := p.order.peekBulk()
 		if !ok {
+			p.sayFull()
 			if err := p.waitBulk(ctx, delayed); err != nil {
 				return err
 			}
@@ -420,6 +424,9 @@ func (f *flight) Complete(err error) {
 	case err == nil:
 		p.greeted()
 		p.order.done(s)
+	case errors.Is(err, protocol.ErrNoRoom):
+		p.greeted()
+		p.order.noRoom(s, time.Now())
 	case errors.As(err, &refused):
 		p.greeted()
 		off, length := p.order.geo.bytes(s)

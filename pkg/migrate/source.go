@@ -123,6 +123,9 @@ func (d *sourceDisk) status() DiskStatus {
 		BytesSent: d.counts.sent.Load(),
 		Connected: d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
 	}
+	if _, full := d.order.full(); full && d.connected {
+		st.Err = errNoRoom
+	}
 	switch {
 	case d.complete:
 		st.State, st.BytesDone = StateComplete, d.geo.size
@@ -190,7 +193,7 @@ func (s *Source) move(ctx context.Context, d *sourceDisk, p protocol.Protocol, d
 	to := protocol.NewToProtocol(uint64(d.geo.size), dev, p)
 	to.HandleNeedAt(func(off, length int64) { hello.say(); o.ask(off, length) })
 	to.HandleDontNeedAt(func(off, length int64) { hello.say(); o.drop(off, length) })
-	pump := newPump(d.SourceDisk, o, to, w, s.limit, &d.counts, hello.say)
+	pump := newPump(d.SourceDisk, o, to, w, s.limit, &d.counts, hello.say, s.log)
 	if err := to.SendDevInfoExt(d.info()); err != nil {
 		return err
 	}
