@@ -52,6 +52,25 @@ func parseTCP(s, hostPort string) (Addr, error) {
 	return Addr{network: "tcp", host: host, port: port}, nil
 }
 
+// Unix is the address of the unix socket at path, which need not be absolute;
+// unix:///path is understood, too.
+func Unix(path string) (Addr, error) {
+	if rest, found := strings.CutPrefix(path, "unix://"); found {
+		return parseUnix(path, rest)
+	}
+	if path == "" {
+		return Addr{}, errors.New("the path is empty: want that of a unix socket")
+	}
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return Addr{}, err
+	}
+	if strings.HasSuffix(path, "/") {
+		abs += "/" // which Abs has removed
+	}
+	return parseUnix(path, abs)
+}
+
 func parseUnix(s, path string) (Addr, error) {
 	switch {
 	case !filepath.IsAbs(path):

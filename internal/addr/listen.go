@@ -39,7 +39,7 @@ func (a Addr) Listen(ctx context.Context) (net.Listener, error) {
 		return nil, errors.New("listen: no address")
 	}
 	if a.network == "unix" {
-		return a.listenUnix(ctx)
+		return a.listenUnix(ctx, net.ListenConfig{})
 	}
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, a.network, a.hostPort())
@@ -47,6 +47,31 @@ func (a Addr) Listen(ctx context.Context) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %v: %w%s", a, reason(err), listenHint(err))
 	}
 	return tunedListener{ln}, nil
+}
+
+// ListenPrivate is Listen for a unix socket that only this user, and root, may
+// connect to: from its first moment on its file has mode 0600.
+func (a Addr) ListenPrivate(ctx context.Context) (net.Listener, error) {
+	if a.network != "unix" {
+		return nil, fmt.Errorf("listen on %v: it is no unix socket, whose file says who may connect", a)
+	}
+	return a.listenUnix(ctx, net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		// The mode of a socket that is not bound yet becomes its file's.
+		if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+			return e
+		}
+		return err
+	}})
+}
+
+// Adopt makes a listener that was opened by somebody else like one of Listen,
+// but for its file, which stays when it is closed.
+func Adopt(ln net.Listener) net.Listener {
+	if _, ok := ln.(*net.TCPListener); ok {
+		return tunedListener{ln}
+	}
+	return ln
 }
 
 type tunedListener struct{ net.Listener }
@@ -62,7 +87,7 @@ func (l tunedListener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-func (a Addr) listenUnix(ctx context.Context) (net.Listener, error) {
+func (a Addr) listenUnix(ctx context.Context, lc net.ListenConfig) (net.Listener, error) {
 	// Two processes that both find a stale file must not remove each other's
 	// new one, so looking, removing and binding are one step.
 	unlock := lockDir(ctx, filepath.Dir(a.path))
@@ -70,7 +95,6 @@ func (a Addr) listenUnix(ctx context.Context) (net.Listener, error) {
 	if err := a.removeStale(ctx); err != nil {
 		return nil, fmt.Errorf("listen on %v: %w", a, err)
 	}
-	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "unix", a.path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %v: %w%s", a, reason(err), listenHint(err))

@@ -33,8 +33,8 @@ func (r Row) Percent() int {
 // rateMemory is how far back the shown rate looks.
 const rateMemory = 5 * time.Second
 
-// meter measures how fast one disk's done bytes grow. The zero value is ready.
-type meter struct {
+// Meter measures how fast a number of bytes grows. The zero value is ready.
+type Meter struct {
 	started bool
 	last    time.Time
 	done    int64
@@ -42,11 +42,11 @@ type meter struct {
 	seen    time.Duration // how long has been measured
 }
 
-// add takes a sample.
-func (m *meter) add(now time.Time, done int64) {
+// Add takes a sample.
+func (m *Meter) Add(now time.Time, done int64) {
 	dt := now.Sub(m.last)
 	if !m.started {
-		*m = meter{started: true, last: now, done: done}
+		*m = Meter{started: true, last: now, done: done}
 		return
 	}
 	if dt <= 0 {
@@ -63,9 +63,15 @@ func (m *meter) add(now time.Time, done int64) {
 	m.last, m.done = now, done
 }
 
-// eta says how long the rest takes at this rate; ok is false if nothing
+// Rate is how fast it grows, in bytes a second, over the last few seconds;
+// below 0 if it shrinks. ok is false while it was not watched for a second.
+func (m *Meter) Rate() (bytesPerSecond int64, ok bool) {
+	return int64(m.rate), m.seen >= time.Second
+}
+
+// ETA says how long the rest takes at this rate; ok is false if nothing
 // sensible can be said, as when nothing moves or more gets missing.
-func (m *meter) eta(size int64) (left time.Duration, ok bool) {
+func (m *Meter) ETA(size int64) (left time.Duration, ok bool) {
 	if m.rate < 1 {
 		return 0, false
 	}
@@ -77,12 +83,12 @@ func (m *meter) eta(size int64) (left time.Duration, ok bool) {
 }
 
 // describe says in words what a bar cannot show.
-func describe(r Row, m *meter) string {
+func describe(r Row, m *Meter) string {
 	if r.Complete {
 		return fmt.Sprintf("%s  complete", units.Human(r.Size))
 	}
 	s := fmt.Sprintf("%s of %s  ", units.Human(min(r.Done, r.Size)), units.Human(r.Size))
-	left, ok := m.eta(r.Size)
+	left, ok := m.ETA(r.Size)
 	switch {
 	case !r.Connected:
 		s += "not connected"
@@ -93,19 +99,19 @@ func describe(r Row, m *meter) string {
 	case !ok:
 		s += "stalled"
 	default:
-		s += fmt.Sprintf("%s/s  ETA %s", units.Human(int64(m.rate)), clock(left))
+		s += fmt.Sprintf("%s/s  ETA %s", units.Human(int64(m.rate)), Clock(left))
 	}
 	if r.Waiting > 0 {
 		s += fmt.Sprintf("  waiting reads: %d", r.Waiting)
 		if r.OldestWait >= time.Second {
-			s += fmt.Sprintf(" (since %s)", clock(r.OldestWait))
+			s += fmt.Sprintf(" (since %s)", Clock(r.OldestWait))
 		}
 	}
 	return s
 }
 
-// clock writes a duration as m:ss or h:mm:ss.
-func clock(d time.Duration) string {
+// Clock writes a duration as m:ss or h:mm:ss.
+func Clock(d time.Duration) string {
 	s := int64(d.Round(time.Second) / time.Second)
 	if s >= 3600 {
 		return fmt.Sprintf("%d:%02d:%02d", s/3600, s/60%60, s%60)

@@ -84,7 +84,7 @@ func (d *Display) Close() {
 // bar is one disk's bar.
 type bar struct {
 	bar     *mpb.Bar
-	meter   meter
+	meter   Meter
 	percent atomic.Int64
 	words   atomic.Pointer[string]
 }
@@ -135,7 +135,7 @@ func (d *Display) newBar(r Row) *bar {
 }
 
 func (b *bar) show(r Row, now time.Time) {
-	b.meter.add(now, r.Done)
+	b.meter.Add(now, r.Done)
 	words := describe(r, &b.meter)
 	b.words.Store(&words)
 	b.percent.Store(int64(r.Percent()))
@@ -148,7 +148,7 @@ func (b *bar) show(r Row, now time.Time) {
 
 // line is what was last logged of a disk.
 type line struct {
-	meter  meter
+	meter  Meter
 	logged time.Time
 	row    Row
 }
@@ -163,7 +163,7 @@ func runLines(ctx context.Context, log *slog.Logger, rows func() []Row) {
 				l = &line{logged: now, row: r}
 				lines[r.Name] = l
 			}
-			l.meter.add(now, r.Done)
+			l.meter.Add(now, r.Done)
 			if l.due(r, now, last) {
 				l.logged, l.row = now, r
 				logRow(log, r, &l.meter)
@@ -197,7 +197,7 @@ func (l *line) due(r Row, now time.Time, last bool) bool {
 	return changed && now.Sub(l.logged) >= logInterval || now.Sub(l.logged) >= idleLogInterval
 }
 
-func logRow(log *slog.Logger, r Row, m *meter) {
+func logRow(log *slog.Logger, r Row, m *Meter) {
 	attrs := []slog.Attr{
 		slog.String("disk", r.Name),
 		slog.Int("percent", r.Percent()),
@@ -206,7 +206,7 @@ func logRow(log *slog.Logger, r Row, m *meter) {
 	}
 	if !r.Complete {
 		attrs = append(attrs, slog.Bool("connected", r.Connected), slog.Int64("bytes_per_second", max(0, int64(m.rate))))
-		if left, ok := m.eta(r.Size); ok && r.Connected {
+		if left, ok := m.ETA(r.Size); ok && r.Connected {
 			attrs = append(attrs, slog.Int64("eta_seconds", int64(left.Seconds())))
 		}
 	}

@@ -25,7 +25,7 @@ func TestNeverHundredPercentBeforeComplete(t *testing.T) {
 	} {
 		require.Less(t, r.Percent(), 100, "%+v", r)
 		require.GreaterOrEqual(t, r.Percent(), 0, "%+v", r)
-		require.NotContains(t, describe(r, &meter{}), "complete")
+		require.NotContains(t, describe(r, &Meter{}), "complete")
 	}
 	require.Equal(t, 100, Row{Size: 1000, Done: 1000, Complete: true}.Percent())
 	require.Equal(t, 100, Row{Complete: true}.Percent())
@@ -33,41 +33,41 @@ func TestNeverHundredPercentBeforeComplete(t *testing.T) {
 }
 
 func TestRateFollowsWhatHappens(t *testing.T) {
-	var m meter
+	var m Meter
 	now := time.Unix(0, 0)
 	done := int64(0)
 	run := func(d time.Duration, rate int64) {
 		for range d / (200 * time.Millisecond) {
 			now, done = now.Add(200*time.Millisecond), done+rate/5
-			m.add(now, done)
+			m.Add(now, done)
 		}
 	}
-	m.add(now, done)
-	_, ok := m.eta(1 << 30)
+	m.Add(now, done)
+	_, ok := m.ETA(1 << 30)
 	require.False(t, ok, "nothing is known yet")
 	run(time.Second, 10_000_000)
 	require.InEpsilon(t, 10_000_000, m.rate, 0.01)
 	run(30*time.Second, 1_000_000)
 	require.InEpsilon(t, 1_000_000, m.rate, 0.05)
-	left, ok := m.eta(done + 60_000_000)
+	left, ok := m.ETA(done + 60_000_000)
 	require.True(t, ok)
 	require.InDelta(t, 60, left.Seconds(), 4)
 	run(5*time.Minute, 0)
-	_, ok = m.eta(done + 60_000_000)
+	_, ok = m.ETA(done + 60_000_000)
 	require.False(t, ok, "nothing moves: no ETA")
 	run(time.Minute, -1_000_000)
-	_, ok = m.eta(1 << 40)
+	_, ok = m.ETA(1 << 40)
 	require.False(t, ok, "more gets missing: no ETA")
 }
 
 func TestDescribeIsHonest(t *testing.T) {
-	moving, still := &meter{done: 1 << 20, rate: 1 << 20, seen: time.Minute}, &meter{seen: time.Minute}
+	moving, still := &Meter{done: 1 << 20, rate: 1 << 20, seen: time.Minute}, &Meter{seen: time.Minute}
 	for want, s := range map[string]string{
 		"1.00 MiB of 61.0 MiB  1.00 MiB/s  ETA 1:00": describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, moving),
 		"1.00 MiB of 61.0 MiB  not connected":        describe(Row{Size: 61 << 20, Done: 1 << 20}, moving),
 		"1.00 MiB of 61.0 MiB  stalled":              describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, still),
 		"61.0 MiB of 61.0 MiB  finishing":            describe(Row{Size: 61 << 20, Done: 61 << 20, Connected: true}, still),
-		"1.00 MiB of 61.0 MiB  starting":             describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, &meter{}),
+		"1.00 MiB of 61.0 MiB  starting":             describe(Row{Size: 61 << 20, Done: 1 << 20, Connected: true}, &Meter{}),
 		"61.0 MiB  complete":                         describe(Row{Size: 61 << 20, Done: 61 << 20, Complete: true}, still),
 		"0 B of 61.0 MiB  not connected  waiting reads: 2 (since 1:01:01)": describe(
 			Row{Size: 61 << 20, Waiting: 2, OldestWait: time.Hour + time.Minute + time.Second}, still),
