@@ -2,7 +2,11 @@ package main
 
 import (
 	"math"
+	"os"
+	"os/exec"
+	"syscall"
 	"testing"
+	"time"
 )
 
 func TestPercentileLiesBetweenItsNeighbours(t *testing.T) {
@@ -34,5 +38,52 @@ func TestUnknownPartIsRefused(t *testing.T) {
 	}
 	if _, err := choose([]string{"strem"}); err == nil {
 		t.Error("an unknown part was taken")
+	}
+}
+
+func TestFioReportIsRead(t *testing.T) {
+	side := func(iops, bytes string) string {
+		return `{"io_bytes": ` + bytes + `, "iops": ` + iops +
+			`, "clat_ns": {"percentile": {"50.000000": 25000, "99.000000": 180000}}}`
+	}
+	none := side("0", "0")
+	for _, c := range []struct {
+		out  string
+		want fioResult
+	}{
+		{"a line for people\n" + `{"jobs": [{"error": 0, "read": ` + side("12000.5", "49152000") + `, "write": ` + none + `}]}`,
+			fioResult{rate: 12000.5, bytes: 49152000, p50: 25, p99: 180}},
+		{`{"jobs": [{"error": 0, "read": ` + none + `, "write": ` + side("1500", "1610612736") + `}]}`,
+			fioResult{rate: 1500, bytes: 1610612736, p50: 25, p99: 180}},
+	} {
+		got, err := parseFio(c.out)
+		if err != nil || got != c.want {
+			t.Errorf("%+v, %v; want %+v", got, err, c.want)
+		}
+	}
+	for _, out := range []string{"", "fio: no", "{", `{"jobs": []}`, `{"jobs": [{"error": 5, "read": ` + none + `, "write": ` + none + `}]}`,
+		`{"jobs": [{"error": 0, "read": ` + none + `, "write": ` + none + `}]}`} {
+		if got, err := parseFio(out); err == nil {
+			t.Errorf("%q was taken for %+v", out, got)
+		}
+	}
+}
+
+func TestCPUTimeOfAProcessIsRead(t *testing.T) {
+	self, err := os.FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &child{cmd: &exec.Cmd{Process: self}}
+	for began := time.Now(); time.Since(began) < 50*time.Millisecond; { // of CPU time, so that there is some
+	}
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		t.Fatal(err)
+	}
+	want := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+	got, err := c.cpu()
+	if err != nil || (got-want).Abs() > 40*time.Millisecond {
+		t.Errorf("%v, %v; want %v, up to two ticks", got, err, want)
 	}
 }
