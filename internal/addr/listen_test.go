@@ -51,7 +51,7 @@ func requireTuned(t *testing.T, c net.Conn) {
 			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 3},
 			{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 3},
 			{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 15000},
-			{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 128 << 10},
+			{unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, 1 << 20},
 		} {
 			got, err := unix.GetsockoptInt(int(fd), o.level, o.name)
 			require.NoError(t, err)

@@ -19,8 +19,9 @@ const (
 	userTimeout       = 15 * time.Second
 
 	// notSentLowat bounds the bytes that lie unsent in the socket, in front of
-	// which nothing urgent can go.
-	notSentLowat = 128 << 10
+	// which nothing urgent can go: one packet of the background, so that it is
+	// copied while it is in the cache. On a slow path the window allows less.
+	notSentLowat = 1 << 20
 )
 
 // Tune sets on a TCP connection what every connection of ours wants: no delay

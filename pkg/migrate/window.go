@@ -7,8 +7,7 @@ import (
 )
 
 const (
-	// The window is windowGain times what the path holds, plus two packets. A
-	// gain over 1 lets the window grow by a quarter each round trip while the
+	// The window is windowGain times what the path holds, plus two packets. A gain over 1 lets the window grow by a quarter each round trip while the
 	// path takes it, and leaves a quarter of a round trip queued when it does
 	// not: a demand read waits behind no more than that.
 	windowGain = 1.25
@@ -18,7 +17,8 @@ const (
 	maxPacket  = 1 << 20
 	// From fastPath on, in bytes a second, what a packet costs the processors
 	// counts for more than what it costs a demand read: packets grow with the
-	// square of the rate.
+	// square of the rate, and there are three of them beyond what the path holds:
+	// one is read, one is on its way, one is written.
 	fastPath = 256 << 20
 	// firstWindow is the window until the path has been measured.
 	firstWindow = 256 << 10
@@ -159,7 +159,11 @@ func (w *window) limitLocked() int64 {
 	if rate == 0 {
 		return firstWindow
 	}
-	return min(maxWindow, int64(windowGain*rate*w.minRTT.Seconds())+2*w.packetLocked())
+	packets := int64(2)
+	if rate > fastPath {
+		packets = 3
+	}
+	return min(maxWindow, int64(windowGain*rate*w.minRTT.Seconds())+packets*w.packetLocked())
 }
 
 // packet is the size in bytes of the next packet of the background: whole

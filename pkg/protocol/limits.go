@@ -47,8 +47,8 @@ const (
 	// more memory is taken only as the bytes come.
 	firstRead = 1 << 20
 	// maxAside is how long the goroutine that reads may be at a store before
-	// another one reads on.
-	maxAside = time.Millisecond
+	// another one reads on: several times what 1 MiB takes to the page cache.
+	maxAside = 5 * time.Millisecond
 	// maxOutbox is how many bytes of answers wait for the socket before those
 	// who answer have to wait too.
 	maxOutbox = 64 << 10
