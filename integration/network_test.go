@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -110,6 +111,46 @@ func TestSilenceIsNotTheEnd(t *testing.T) {
 	m.link.Stall(false)
 	m.finish()
 	sameBytes(t, disk, m.copies[0])
+}
+
+// TestSilentWireIsRedialled stops the wire for good, without closing it: both ends notice, although nothing of theirs
+// is under way, and no TCP can tell, since the proxy's is well.
+func TestSilentWireIsRedialled(t *testing.T) {
+	need(t, "qemu-io")
+	for _, c := range []struct{ tcp, destListens bool }{{false, false}, {true, true}} {
+		t.Run(fmt.Sprintf("tcp=%v,destListens=%v", c.tcp, c.destListens), func(t *testing.T) {
+			t.Parallel() // it waits for the most part
+			disk := randomImage(t, filepath.Join(t.TempDir(), "odd.raw"), oddSize)
+			m := migrate(t, how{tcp: c.tcp, destListens: c.destListens, sourceArgs: []string{"--rate", "64KiB"}}, disk)
+			must(t, soon, "qemu-io", "-r", "-f", "raw", m.uris[0], "-c", fmt.Sprintf("read %d 4096", 40*mib)) // each has heard the other
+			began := time.Now()
+			m.link.Stall(true)
+			caller, listener := m.dest, m.source
+			if c.destListens {
+				caller, listener = m.source, m.dest
+			}
+			const silent = "nothing was heard from the peer for 12s"
+			caller.says("no connection to the other side; trying again until it is back", soon)
+			listener.says("the connection has ended; waiting for the next", soon)
+			took := time.Since(began)
+			t.Logf("noticed after %v", took.Round(100*time.Millisecond))
+			if took > 15*time.Second {
+				t.Errorf("the silence was noticed after %v", took)
+			}
+			for _, p := range []*process{caller, listener} {
+				if !strings.Contains(p.stderr.String(), silent) {
+					t.Errorf("%s has not noticed the silence by itself", p.name)
+				}
+			}
+			m.link.Stall(false)
+			m.link.SetRate(0)
+			listener.says("connected", soon)
+			must(t, soon, "qemu-io", "-r", "-f", "raw", m.uris[0], "-c", fmt.Sprintf("read %d 4096", 50*mib))
+			m.streaming("a read after the silence")
+			m.source.signal(syscall.SIGKILL)
+			m.source.wait(soon)
+		})
+	}
 }
 
 // silent accepts connections, reads what comes and says nothing.

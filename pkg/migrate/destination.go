@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -93,7 +94,10 @@ func (d *Destination) Run(ctx context.Context, connect Connector) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var patience *time.Timer
-	loop := sessions{connect: connect, listening: d.opts.Listening, log: d.log, known: len(d.all()) > 0}
+	loop := sessions{
+		connect: connect, listening: d.opts.Listening, log: d.log, known: len(d.all()) > 0,
+		lack: func() []any { return lacking(d.Status()) },
+	}
 	loop.session = func(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
 		greeted, err := d.session(ctx, conn)
 		if errors.Is(err, errUnheard) && patience == nil {
@@ -147,14 +151,19 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 }
 
 // weigh makes a refusal the end of Run, but not for what a stranger said who
-// called us, and not while there are devices that somebody may use.
+// called us, and not while there are devices that somebody may use: then the
+// right source is waited for.
 func (d *Destination) weigh(refusal error) error {
 	var local *localError
-	if errors.As(refusal, &local) || !d.opts.Listening && !d.served {
+	if errors.As(refusal, &local) || !d.opts.Listening && !d.served && !d.resumed() {
 		return &FatalError{refusal}
 	}
-	d.log.Error("the source was refused", "error", refusal)
-	return refusal
+	return &refusedError{refusal}
+}
+
+// resumed says that a part of a disk was here before the first connection.
+func (d *Destination) resumed() bool {
+	return slices.ContainsFunc(d.all(), func(disk *destDisk) bool { return disk.resumed })
 }
 
 // localError says that the trouble is on this side.

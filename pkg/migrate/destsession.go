@@ -1,7 +1,9 @@
 package migrate
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
@@ -32,11 +34,26 @@ func (s *destSession) newDevice(p protocol.Protocol, dev uint32) {
 		a, err := s.accept(di, from)
 		if err != nil {
 			s.refuse(err)
+			from.Refuse(reason(di.Name, err))
 			return nil
 		}
 		return a
 	}, p)
 	close(made)
+}
+
+// reason is what the source is told of why its disk is refused. What went wrong
+// on our own file systems is not its business.
+func reason(disk string, err error) string {
+	var local *localError
+	var file *fs.PathError
+	switch {
+	case errors.Is(err, ErrClosed):
+		return ""
+	case errors.As(err, &local), errors.As(err, &file):
+		return fmt.Sprintf("it cannot take disk %q: its log says why", disk)
+	}
+	return err.Error()
 }
 
 // accept begins to take the disk that di announces: what is here already is

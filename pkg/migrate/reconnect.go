@@ -13,8 +13,8 @@ import (
 const (
 	firstBackoff = 100 * time.Millisecond
 	maxBackoff   = 10 * time.Second
-	// retryLogEvery is how often a line says that we still try to connect.
-	retryLogEvery = time.Minute
+	// outageLogEvery is how often a line says that there is no connection.
+	outageLogEvery = time.Minute
 	// greetTimeout is how long a new peer may take to say its first word.
 	// It is longer than a dead connection takes to be noticed at the other end,
 	// which may be busy with one.
@@ -40,6 +40,9 @@ type sessions struct {
 	listening bool // connect accepts: a stranger that calls is not our end
 	known     bool // there was a connection to the other side, also in an earlier life
 	log       *slog.Logger
+	// lack is what waits for the other side, for the log; nil says nothing.
+	lack func() []any
+	out  outage
 	// session serves one connection, which it closes. greeted says that the
 	// other side spoke our protocol.
 	session func(ctx context.Context, conn io.ReadWriteCloser) (greeted bool, err error)
@@ -50,7 +53,7 @@ type sessions struct {
 // which the other side spoke our protocol that is every error, unless we are
 // the one who listens.
 func (s *sessions) run(ctx context.Context) error {
-	for retry := newBackoff(s.log); ; {
+	for retry := newBackoff(); ; {
 		began := time.Now()
 		greeted, err := s.once(ctx)
 		var fatal *FatalError
@@ -68,6 +71,7 @@ func (s *sessions) run(ctx context.Context) error {
 			s.known = true
 			if time.Since(began) > longSession {
 				retry.reset()
+				s.out = outage{}
 			}
 		}
 		if err := s.pause(ctx, retry, err); err != nil {
@@ -84,16 +88,16 @@ func (e *connectError) Unwrap() error { return e.error }
 // pause waits before the next try. Who listens need not: the next try is to
 // accept, unless that is what failed.
 func (s *sessions) pause(ctx context.Context, retry *backoff, err error) error {
+	s.say(err)
 	var none *connectError
 	if s.listening && !errors.As(err, &none) {
-		s.log.Warn("the connection has ended; waiting for the next", "cause", err)
 		return nil
 	}
-	return retry.wait(ctx, err)
+	return retry.wait(ctx)
 }
 
 func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
-	conn, err := s.connect(ctx)
+	conn, err := s.next(ctx)
 	if err != nil {
 		return false, &connectError{err}
 	}
@@ -111,30 +115,14 @@ func strange(err error) error {
 	return fmt.Errorf("the other side is not the other end of a migration, or the connection broke: %w", err)
 }
 
-// backoff waits longer and longer between tries, and says so now and then.
-type backoff struct {
-	log    *slog.Logger
-	pause  time.Duration
-	since  time.Time // of the first failure in a row
-	logged time.Time
-}
+// backoff waits longer and longer between tries.
+type backoff struct{ pause time.Duration }
 
-func newBackoff(log *slog.Logger) *backoff {
-	return &backoff{log: log, pause: firstBackoff}
-}
+func newBackoff() *backoff { return &backoff{firstBackoff} }
 
-func (b *backoff) reset() { *b = backoff{log: b.log, pause: firstBackoff} }
+func (b *backoff) reset() { b.pause = firstBackoff }
 
-func (b *backoff) wait(ctx context.Context, cause error) error {
-	now := time.Now()
-	if b.since.IsZero() {
-		b.since = now
-	}
-	if now.Sub(b.logged) >= retryLogEvery {
-		b.log.Warn("no connection to the other side; trying again until it is back",
-			"cause", cause, "for", now.Sub(b.since).Round(time.Second))
-		b.logged = now
-	}
+func (b *backoff) wait(ctx context.Context) error {
 	t := time.NewTimer(b.pause)
 	defer t.Stop()
 	b.pause = min(2*b.pause, maxBackoff)

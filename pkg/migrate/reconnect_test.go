@@ -53,6 +53,35 @@ func TestReconnectingGoesOnAndSaysSo(t *testing.T) {
 	})
 }
 
+// Who listens says once a minute what it waits for, and for how long.
+func TestListenerSaysThatNobodyComes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute+time.Second)
+		defer cancel()
+		n := 0
+		loop := sessions{
+			listening: true, log: slog.New(slog.NewTextHandler(&log, nil)),
+			lack: func() []any { return lacking([]DiskStatus{{Size: 100, BytesDone: 60, Waiting: 3}}) },
+			connect: func(ctx context.Context) (io.ReadWriteCloser, error) {
+				if n++; n == 1 {
+					return nil, nil
+				}
+				<-ctx.Done()
+				return nil, context.Cause(ctx)
+			},
+			session: func(context.Context, io.ReadWriteCloser) (bool, error) {
+				<-time.After(time.Hour / 60 / 2)
+				return true, io.EOF
+			},
+		}
+		require.ErrorIs(t, loop.run(ctx), context.DeadlineExceeded)
+		require.Equal(t, 1, strings.Count(log.String(), "the connection has ended"))
+		require.Equal(t, 9, strings.Count(log.String(), "no connection: waiting for the other side to connect"))
+		require.Contains(t, log.String(), "for=9m0s missing_bytes=40 waiting_reads=3")
+	})
+}
+
 func TestStrangerDoesNotEndAListener(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n, begin := 0, time.Now()

@@ -3,13 +3,22 @@ package migrate
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -107,18 +116,71 @@ func TestSourceThatChangedIsRefused(t *testing.T) {
 	require.NoError(t, err)
 
 	for _, other := range []Identity{{UUID: id.UUID, Generation: 4}, {UUID: [16]byte{8}, Generation: 3}, {}} {
-		d := r.destination(t, ready)
-		r.resume(t, d)
-		<-ready
-		src := newSource(t, SourceOptions{Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: other})
-		m := migrate(t, src, &destination{Destination: d}, newWires())
-		require.ErrorContains(t, <-m.errs, "nothing was changed")
-		m.stop()
-		require.ErrorIs(t, <-m.errs, context.Canceled)
-		m.wg.Wait()
-		require.NoError(t, d.Close())
-		after, err := os.ReadFile(r.disk)
-		require.NoError(t, err)
-		require.True(t, bytes.Equal(before, after), "nothing was changed")
+		synctest.Test(t, func(t *testing.T) {
+			var dstLog, srcLog syncBuffer
+			ready := make(chan *lazy.Device, 1)
+			d := r.destination(t, ready)
+			d.log = slog.New(slog.NewTextHandler(&dstLog, nil))
+			r.resume(t, d)
+			dev := <-ready
+			src := newSource(t, SourceOptions{Listening: true, Log: slog.New(slog.NewTextHandler(&srcLog, nil))}, SourceDisk{Name: "disk", Store: store, Identity: other})
+			m := migrate(t, src, &destination{Destination: d}, newWires())
+			<-time.After(10*time.Minute - time.Second)
+			require.Equal(t, 10, dstLog.count("the source was refused; waiting for the right one"), "a line a minute")
+			require.Equal(t, 10, srcLog.count("the destination refuses; waiting for one that does not"))
+			require.Equal(t, 10, strings.Count(srcLog.b.String(), "nothing was changed"))
+			require.Equal(t, 10, strings.Count(srcLog.b.String(), "begin anew with --overwrite"), "and the way out")
+			local := dev.Stats().BytesLocal
+			m.stop()
+			for _, err := range m.end() {
+				require.ErrorIs(t, err, context.Canceled)
+			}
+			require.Less(t, local, int64(1<<20))
+			require.NoError(t, d.Close())
+			after, err := os.ReadFile(r.disk)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(before, after), "nothing was changed")
+		})
 	}
+
+	// The right one is taken when it comes, whoever came before.
+	d := r.destination(t, ready)
+	r.resume(t, d)
+	<-ready
+	w := newWires()
+	dstErr := make(chan error, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { w.plugLoop(ctx) })
+	wg.Go(func() { dstErr <- d.Run(ctx, from(w.dst)) })
+	wrong := newSource(t, SourceOptions{}, SourceDisk{Name: "disk", Store: store, Identity: Identity{UUID: [16]byte{9}, Generation: 1}})
+	var refused *protocol.RefusedError
+	require.ErrorAs(t, wrong.Run(ctx, from(w.src)), &refused, "one that calls for the first time ends with the reason")
+	require.Contains(t, refused.Error(), `disk "disk" came from 07000000`)
+	right := newSource(t, SourceOptions{Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: id})
+	require.NoError(t, right.Run(ctx, from(w.src)))
+	require.NoError(t, <-dstErr)
+	stop()
+	wg.Wait()
+	require.NoError(t, d.Close())
+}
+
+// A first connection to a source that cannot be taken ends both, who call.
+func TestUnsuitableSourceEndsTheFirstConnection(t *testing.T) {
+	store, _ := testDisk(t, 1<<20, 6)
+	src := newSource(t, SourceOptions{}, SourceDisk{Name: "disk", Store: store})
+	small := newDestination(t, DestinationOptions{}, func(string, uint64) storage.StorageProvider { return sources.NewMemoryStorage(4096) })
+	m := migrate(t, src, small, newWires())
+	for _, err := range m.end() {
+		require.ErrorContains(t, err, `disk "disk": the source's disk has 1048576 bytes, this one only 4096: take one at least as large`)
+	}
+	require.NoError(t, small.Close())
+}
+
+// What went wrong on the destination's own file system is told there.
+func TestReasonTellsNoPaths(t *testing.T) {
+	_, err := os.Open("/no/such/file")
+	require.Equal(t, `it cannot take disk "d": its log says why`, reason("d", fmt.Errorf("disk: %w", err)))
+	require.Equal(t, `it cannot take disk "d": its log says why`, reason("d", &localError{errors.New("secret")}))
+	require.Empty(t, reason("d", ErrClosed))
 }

@@ -53,6 +53,8 @@ type Source struct {
 	log   *slog.Logger
 	disks []*sourceDisk
 	limit *throttle
+
+	served bool // a destination has taken the disks; only Run's goroutine uses it
 }
 
 // sourceDisk is one disk and what is known of it over all connections.
@@ -100,7 +102,10 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 // the cause of ctx when that ends first, and otherwise what cannot be mended
 // by connecting again.
 func (s *Source) Run(ctx context.Context, connect Connector) error {
-	loop := sessions{connect: connect, listening: s.opts.Listening, log: s.log, session: s.session}
+	loop := sessions{
+		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
+		lack: func() []any { return lacking(s.Status())[:2] }, // nobody waits here
+	}
 	return loop.run(ctx)
 }
 
@@ -154,13 +159,26 @@ func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, er
 	})
 	err := group.Wait()
 	var fatal *FatalError
+	var refused *protocol.RefusedError
 	switch {
+	case errors.As(p.Err(), &refused):
+		return true, s.weigh(refused)
 	case errors.As(moveErr, &fatal):
 		err = moveErr
 	case s.complete(): // however the connection ended
 		err = nil
 	}
+	s.served = s.served || hello.said()
 	return hello.said(), err
+}
+
+// weigh makes a refusal the end of Run, but not when it is of one who called us,
+// or when there was a destination that took the disks.
+func (s *Source) weigh(refused *protocol.RefusedError) error {
+	if !s.opts.Listening && !s.served {
+		return &FatalError{refused}
+	}
+	return refused
 }
 
 // moveAll moves the disks side by side, until each is complete or one of them
