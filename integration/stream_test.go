@@ -57,6 +57,9 @@ func TestCopyOfTheExportEqualsTheSource(t *testing.T) {
 	if size := fileSize(t, tree); len(info.Exports) != 1 || info.Exports[0].Size != size {
 		t.Errorf("nbdinfo says %+v, want one export of %d bytes", info.Exports, size)
 	}
+	for _, can := range []string{"write", "flush", "fua", "trim", "zero", "fast-zero", "df", "multi-conn", "cache", "structured-reply"} {
+		must(t, soon, "nbdinfo", "--can", can, m.uris[0]) // also what depends on the disk: files can punch holes
+	}
 	m.streaming("nbdinfo")
 
 	// The copy reads every block, so the transfer ends with it at the latest. That nothing like all was there when it

@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
@@ -125,6 +126,33 @@ func (d *Device) ZeroAtContext(ctx context.Context, off, length int64, punch boo
 	return d.change(ctx, fill{punch: punch}, off, length)
 }
 
+// CanFastZero says whether there is a quick way to zero, which is a matter of
+// the disk.
+func (d *Device) CanFastZero() bool {
+	z, ok := d.disk.(storage.FastZeroer)
+	return ok && z.CanZeroFast()
+}
+
+// FastZeroAtContext is ZeroAtContext where that takes less time than to write
+// the range, and does not wait for the source. Where that is not so, nothing is
+// changed, and the error is errors.ErrUnsupported.
+func (d *Device) FastZeroAtContext(ctx context.Context, off, length int64, punch bool) error {
+	if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
+		return err
+	}
+	f := fill{punch: punch, fast: true}
+	if d.direct.Load() {
+		return d.put(f, off, off+length)
+	}
+	if !d.isLive.Load() {
+		return errors.ErrUnsupported
+	}
+	if _, _, ok := d.loneEdge(off, off+length); !ok && length > 0 {
+		return errors.ErrUnsupported
+	}
+	return d.change(ctx, f, off, length)
+}
+
 // TrimAtContext gives [off, off+length) back: what lies in whole sectors of it
 // reads as zeroes afterwards, the rest is left alone. It never waits for the
 // source.
@@ -190,13 +218,18 @@ func (d *Device) change(ctx context.Context, f fill, off, length int64) error {
 	if err := d.waitLive(ctx, off); err != nil {
 		return err
 	}
-	end := off + length
+	start, end := off, off+length
 	for off < end {
 		next := end
 		if f.p == nil {
 			next = min(end, (off/d.blockSize+max(1, zeroChunk/d.blockSize))*d.blockSize)
 		}
-		if err := d.changeRun(ctx, f, off, next); err != nil {
+		err := d.changeRun(ctx, f, off, next)
+		if f.fast && off > start && errors.Is(err, errors.ErrUnsupported) {
+			f.fast = false // a part is changed already: the rest has to follow
+			continue
+		}
+		if err != nil {
 			return err
 		}
 		off = next
@@ -220,7 +253,7 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 			err := d.put(f, off, end)
 			if err == nil {
 				d.publishWritten(off, end)
-			} else {
+			} else if !f.fast || !errors.Is(err, errors.ErrUnsupported) { // that changes nothing
 				d.knownZero.Store(false) // who knows what is there now
 			}
 			d.claims.release(c)

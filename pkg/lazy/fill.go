@@ -11,6 +11,7 @@ type fill struct {
 	p     []byte
 	off   int64 // where p[0] belongs, in bytes from the start of the device
 	punch bool  // zeroes: the space may be given back
+	fast  bool  // zeroes: only if that takes less time than writing them
 }
 
 // zeroes is written where the disk cannot zero by itself.
@@ -22,10 +23,24 @@ func (d *Device) put(f fill, off, end int64) error {
 		return nil
 	}
 	if f.p == nil {
+		if f.fast {
+			return d.zeroFast(off, end, f.punch)
+		}
 		return d.zero(off, end, f.punch)
 	}
 	if _, err := d.disk.WriteAt(f.p[off-f.off:end-f.off], off); err != nil {
 		return ioError("write", end-off, off, err)
+	}
+	return nil
+}
+
+func (d *Device) zeroFast(off, end int64, punch bool) error {
+	z, ok := d.disk.(storage.FastZeroer)
+	if !ok {
+		return errors.ErrUnsupported
+	}
+	if err := z.ZeroFastAt(off, end-off, punch); err != nil {
+		return ioError("zero quickly", end-off, off, err)
 	}
 	return nil
 }

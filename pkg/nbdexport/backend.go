@@ -38,10 +38,13 @@ type (
 		ZeroAtContext(ctx context.Context, off, length int64, punch bool) error
 	}
 
-	// FastZeroer says that ZeroAtContext is always faster than a write of
-	// zeroes. Without it NBD_CMD_FLAG_FAST_ZERO is not advertised.
+	// FastZeroer is a ZeroerContext that may have a way to zero which takes
+	// less time than a write: NBD_CMD_FLAG_FAST_ZERO, advertised if CanFastZero.
+	// Where a range has no such way FastZeroAtContext changes nothing and
+	// returns, at once, an error that is errors.ErrUnsupported.
 	FastZeroer interface {
 		CanFastZero() bool
+		FastZeroAtContext(ctx context.Context, off, length int64, punch bool) error
 	}
 
 	// TrimmerContext is a backend that can be told that a range is not needed:
@@ -85,8 +88,9 @@ type store struct {
 	prefetch Prefetcher
 	status   BlockStatuser
 
+	fastZero FastZeroer // nil as well when it cannot
+
 	size      int64
-	fastZero  bool
 	multiConn bool
 	contexts  []string
 }
@@ -106,8 +110,8 @@ func newStore(b backend.Backend) (*store, error) {
 	s.zero, _ = b.(ZeroerContext)
 	s.trim, _ = b.(TrimmerContext)
 	s.prefetch, _ = b.(Prefetcher)
-	if f, is := b.(FastZeroer); is && s.zero != nil {
-		s.fastZero = f.CanFastZero()
+	if f, is := b.(FastZeroer); is && s.zero != nil && f.CanFastZero() {
+		s.fastZero = f
 	}
 	if m, is := b.(MultiConner); is {
 		s.multiConn = m.CanMultiConn()
@@ -133,7 +137,7 @@ func (s *store) flags(readOnly bool, mode replyMode, contexts bool) uint16 {
 	if s.zero != nil && !readOnly {
 		f |= flagSendWriteZeroes
 	}
-	if s.fastZero && !readOnly {
+	if s.fastZero != nil && !readOnly {
 		f |= flagSendFastZero
 	}
 	if s.prefetch != nil {

@@ -53,6 +53,10 @@ func (d *fileDisk) ZeroAtContext(_ context.Context, off, length int64, punch boo
 
 func (d *fileDisk) CanFastZero() bool { return true }
 
+func (d *fileDisk) FastZeroAtContext(ctx context.Context, off, length int64, punch bool) error {
+	return d.ZeroAtContext(ctx, off, length, punch)
+}
+
 func (d *fileDisk) TrimAtContext(_ context.Context, off, length int64) error {
 	return d.fallocate(unix.FALLOC_FL_PUNCH_HOLE, off, length)
 }

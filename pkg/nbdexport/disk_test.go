@@ -113,6 +113,13 @@ func (d *disk) ZeroAtContext(_ context.Context, off, length int64, punch bool) e
 
 func (d *disk) CanFastZero() bool { return !d.slowZero }
 
+func (d *disk) FastZeroAtContext(ctx context.Context, off, length int64, punch bool) error {
+	if err := d.call("fast"); err != nil {
+		return err
+	}
+	return d.ZeroAtContext(ctx, off, length, punch)
+}
+
 func (d *disk) TrimAtContext(context.Context, int64, int64) error { return d.call("trim") }
 
 func (d *disk) Prefetch(off, length int64) error {

@@ -112,8 +112,13 @@ func (r *request) writeZeroes() {
 	if r.length == 0 {
 		return
 	}
-	err := r.c.store.zero.ZeroAtContext(&r.wait, int64(r.off), int64(r.length), r.flags&cmdFlagNoHole == 0)
-	if err != nil && r.flags&cmdFlagFastZero != 0 && isUnsupported(err) {
+	s, punch := r.c.store, r.flags&cmdFlagNoHole == 0
+	if r.flags&cmdFlagFastZero == 0 {
+		r.fail(s.zero.ZeroAtContext(&r.wait, int64(r.off), int64(r.length), punch))
+		return
+	}
+	err := s.fastZero.FastZeroAtContext(&r.wait, int64(r.off), int64(r.length), punch)
+	if isUnsupported(err) {
 		r.err = errNotSup
 		return
 	}

@@ -160,7 +160,7 @@ func (r *request) check() errno {
 		}
 		writes = true
 		allowed |= cmdFlagNoHole
-		if s.fastZero {
+		if s.fastZero != nil {
 			allowed |= cmdFlagFastZero
 		}
 	case cmdBlockStatus:

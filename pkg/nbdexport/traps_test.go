@@ -487,6 +487,7 @@ func TestErrorsMapByTheTable(t *testing.T) {
 		}
 		d.failNext(syscall.EOPNOTSUPP)
 		require.Equal(t, errNotSup, c.do(cmdWriteZeroes, cmdFlagFastZero, 0, 512))
+		require.Equal(t, []string{"fast"}, d.called()[len(d.called())-1:], "refused, and not done another way")
 		d.failNext(syscall.EOPNOTSUPP)
 		require.Equal(t, errIO, c.do(cmdWriteZeroes, 0, 0, 512))
 	})

@@ -43,6 +43,17 @@ type Zeroer interface {
 	ZeroAt(off, length int64, punch bool) error
 }
 
+// FastZeroer is storage that may know a way to zero a range in less time than
+// it takes to write it.
+type FastZeroer interface {
+	// CanZeroFast says whether there is such a way where the space may be given
+	// back. It never changes.
+	CanZeroFast() bool
+	// ZeroFastAt is ZeroAt where that takes less time than a write. Where it
+	// does not, nothing is changed, and the error is errors.ErrUnsupported.
+	ZeroFastAt(off, length int64, punch bool) error
+}
+
 // Trimmer is storage that can be told that a range is not needed any more.
 type Trimmer interface {
 	// TrimAt gives back the space of [off, off+length) where it can; what the

@@ -35,6 +35,8 @@ type File struct {
 	created bool
 	rdonly  bool
 
+	fastZero bool // found out when it was opened
+
 	flusher flusher
 
 	closed    atomic.Bool
@@ -42,12 +44,13 @@ type File struct {
 	closeErr  error // of the first Close
 
 	// What the file system or device has said that it cannot do is not asked again.
-	noPunch, noZero, noDiscard atomic.Bool
+	noPunch, noZero, noZeroRange, noDiscard atomic.Bool
 }
 
 var (
 	_ storage.StorageProvider = (*File)(nil)
 	_ storage.Zeroer          = (*File)(nil)
+	_ storage.FastZeroer      = (*File)(nil)
 	_ storage.Trimmer         = (*File)(nil)
 	_ storage.Extenter        = (*File)(nil)
 )
@@ -161,6 +164,7 @@ func newFile(path string, file *os.File, o FileOptions) (*File, error) {
 		return nil, fmt.Errorf("too small: it has %d bytes and the disk needs %d: make it larger or choose another",
 			f.room, f.size)
 	}
+	f.fastZero = f.probeFastZero()
 	return f, nil
 }
 

@@ -13,9 +13,10 @@ import (
 
 // blockDevice is what is known of a block device.
 type blockDevice struct {
-	size     int64 // bytes
-	align    int64 // bytes; what is zeroed or discarded begins and ends on multiples
-	readOnly bool  // set so; it can still be opened for writing
+	size     int64  // bytes
+	align    int64  // bytes; what is zeroed or discarded begins and ends on multiples
+	readOnly bool   // set so; it can still be opened for writing
+	number   string // MAJOR:MINOR
 }
 
 func isBlockDevice(info os.FileInfo) bool {
@@ -38,12 +39,17 @@ func examineBlockDevice(raw syscall.RawConn) (*blockDevice, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ask for the device's size: %w", err)
 	}
+	number, err := deviceNumber(raw)
+	if err != nil {
+		return nil, err
+	}
 	// Not less than a page: the kernel drops cached pages of the range, and
 	// those that are only partly in it are better written.
 	return &blockDevice{
 		size:     int64(size),
 		align:    int64(max(sector, os.Getpagesize())),
 		readOnly: readOnly != 0,
+		number:   number,
 	}, nil
 }
 

@@ -83,6 +83,8 @@ func TestBlockDeviceWithoutQuickWaysPassesTheSuite(t *testing.T) {
 		t.Cleanup(func() { _ = f.Close() }) // before the device goes; idempotent
 		f.noPunch.Store(true)
 		f.noZero.Store(true)
+		f.noZeroRange.Store(true)
+		f.fastZero = false
 		f.noDiscard.Store(true)
 		return f
 	}, 512, 1<<20+512)

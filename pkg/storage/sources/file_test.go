@@ -35,6 +35,8 @@ func TestFileWithoutQuickWaysPassesTheSuite(t *testing.T) {
 		f := create(t, filepath.Join(t.TempDir(), "disk"), size)
 		f.noPunch.Store(true)
 		f.noZero.Store(true)
+		f.noZeroRange.Store(true)
+		f.fastZero = false
 		f.noDiscard.Store(true)
 		return f
 	})

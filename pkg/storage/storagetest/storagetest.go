@@ -35,6 +35,7 @@ func Run(t *testing.T, open func(t *testing.T, size int64) storage.StorageProvid
 		{"SizeIsWhatWasAskedFor", testSize},
 		{"ReadsGiveWhatWasWritten", testModel},
 		{"RangesOutsideAreRefusedWhole", testRanges},
+		{"ZeroingFastZeroesOrChangesNothing", testFastZero},
 		{"ReadsEndWithEOF", testEOF},
 		{"ExtentsCoverTheDiskAndHolesAreZero", testExtents},
 		{"ConcurrentOperationsKeepToTheirRange", testConcurrent},
@@ -188,6 +189,31 @@ func testRanges(t *testing.T, s storage.StorageProvider, size int64) {
 			require.NoError(t, tr.TrimAt(off, 0))
 		}
 	}
+	requireContent(t, s, model)
+}
+
+func testFastZero(t *testing.T, s storage.StorageProvider, size int64) {
+	z, ok := s.(storage.FastZeroer)
+	if !ok {
+		return // it does not say that it can
+	}
+	model := fill(t, s, 8)
+	r := rand.New(rand.NewChaCha8([32]byte{8}))
+	for i := range 50 {
+		off, length := randomRange(r, size)
+		punch := i%2 == 0
+		switch err := z.ZeroFastAt(off, length, punch); {
+		case err == nil:
+			clear(model[off : off+length])
+		case z.CanZeroFast() && punch:
+			require.NoError(t, err, "%d bytes at %d", length, off)
+		default:
+			require.ErrorIs(t, err, errors.ErrUnsupported)
+		}
+		requireContent(t, s, model)
+	}
+	require.ErrorIs(t, z.ZeroFastAt(size-1, 2, true), storage.ErrOutOfRange)
+	require.NoError(t, z.ZeroFastAt(size, 0, true))
 	requireContent(t, s, model)
 }
 

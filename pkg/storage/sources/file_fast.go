@@ -1,0 +1,98 @@
+package sources
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// probeFastZero finds out whether the kernel gives back a range at once, so
+// that it reads as zeroes, without trying it on the data.
+func (f *File) probeFastZero() bool {
+	if f.rdonly {
+		return false
+	}
+	if f.block != nil {
+		return zeroesByItself("/sys/dev/block", f.block.number)
+	}
+	const page = 4096
+	behind := (f.room + page - 1) / page * page
+	err := control(f.raw, func(fd int) error { // there is nothing behind the end: nothing happens to anything
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, behind, page)
+	})
+	return err == nil
+}
+
+// zeroesByItself says whether a block device zeroes a range on a command of
+// its own. A partition has what its disk has, whose directory is around its.
+func zeroesByItself(sys, number string) bool {
+	for _, path := range []string{"queue/write_zeroes_max_bytes", "../queue/write_zeroes_max_bytes"} {
+		dir, err := filepath.EvalSymlinks(filepath.Join(sys, number))
+		if err != nil {
+			return false
+		}
+		text, err := os.ReadFile(filepath.Join(dir, path))
+		if err == nil {
+			most, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+			return err == nil && most > 0
+		}
+	}
+	return false
+}
+
+// CanZeroFast implements storage.FastZeroer. It is found out by OpenFile.
+func (f *File) CanZeroFast() bool { return f.fastZero }
+
+// ZeroFastAt implements storage.FastZeroer: by fallocate only. The kernel
+// refuses what a file system or device cannot do before it changes anything.
+func (f *File) ZeroFastAt(off, length int64, punch bool) error {
+	const op = "zero quickly"
+	if err := f.mayWrite(op, off, length); err != nil {
+		return err
+	}
+	if length == 0 {
+		return nil
+	}
+	if f.block != nil && !punch { // the kernel would write zeroes where the device cannot
+		return f.opError(op, off, length, errors.ErrUnsupported)
+	}
+	from, to := f.aligned(off, off+length)
+	if from >= to {
+		return f.writeZeroes(off, off+length) // less than two pages
+	}
+	done, err := false, error(nil)
+	if punch {
+		done, err = f.try(&f.noPunch, func(fd int) error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from)
+		})
+	} else {
+		done, err = f.try(&f.noZeroRange, func(fd int) error {
+			return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, from, to-from)
+		})
+	}
+	if err == nil && !done {
+		err = errors.ErrUnsupported
+	}
+	if err != nil {
+		return f.opError(op, from, to-from, err)
+	}
+	if err := f.writeZeroes(off, from); err != nil {
+		return err
+	}
+	return f.writeZeroes(to, off+length)
+}
+
+// deviceNumber is MAJOR:MINOR of an open block device.
+func deviceNumber(raw syscall.RawConn) (string, error) {
+	var st unix.Stat_t
+	if err := control(raw, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
+		return "", fmt.Errorf("ask for the device's number: %w", err)
+	}
+	return fmt.Sprintf("%d:%d", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))), nil
+}
