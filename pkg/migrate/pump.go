@@ -460,6 +460,9 @@ type reader struct {
 	geo  geometry
 	buf  []byte
 	ext  storage.Extenter // nil: the disk knows no holes
+	// zero says that what was read last was zero at its end. Only then is a hole
+	// looked for: to find the end of data can take as long as to move much of it.
+	zero bool
 	// The extent that was looked up last, in bytes.
 	extFrom, extTo int64
 	extHole        bool
@@ -482,6 +485,9 @@ func (r *reader) run(from, packet int64) (blocks int64, hole bool, err error) {
 	}
 	off := from * r.geo.blockSize
 	if off < r.extFrom || off >= r.extTo {
+		if !r.zero {
+			return blocks, false, nil
+		}
 		end, hole, err := r.ext.ExtentAt(off)
 		if err != nil {
 			return 0, false, err
@@ -521,6 +527,7 @@ func (r *reader) stretch(data []byte) (blocks int64, zero bool) {
 		}
 		data = data[n:]
 	}
+	r.zero = zero
 	return blocks, zero
 }
 
