@@ -11,12 +11,14 @@ import (
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
 // sourceFlags is the command line of source.
 type sourceFlags struct {
 	wire      wireFlags
 	disks     []string
+	states    []string
 	blockSize units.Size
 	rate      units.Size
 	format    logFormat
@@ -41,6 +43,7 @@ not needed any more. A connection that breaks is made again without limit.`,
 		},
 	}
 	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
+	cmd.Flags().StringArrayVar(&f.states, "state", nil, "what is known of a disk is kept here, as `[NAME=]PATH`; may be given again (default: beside the disk; needed for a block device in /dev)")
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
 	f.wire.add(cmd)
@@ -55,6 +58,9 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 	specs, err := disks.ParseSpecs(f.disks)
 	if err != nil {
 		return nil, usagef("--disk: %w", err)
+	}
+	if err := disks.PlaceStates(specs, f.states); err != nil {
+		return nil, usagef("--state: %w", err)
 	}
 	if b := int64(f.blockSize); b < migrate.MinBlockSize || b > migrate.MaxBlockSize || b&(b-1) != 0 {
 		return nil, usagef("--block-size: %s is no block size: want a power of two from %s to %s",
@@ -79,9 +85,9 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	var moving []migrate.SourceDisk
 	for i, file := range files {
 		defer func() { err = errors.Join(err, file.Close()) }()
-		id, err := identity.Of(file)
+		id, err := identify(specs[i], file, c)
 		if err != nil {
-			c.log.Warn("a destination that is restarted will not take this disk for the same", "disk", file.Path(), "error", err)
+			return err
 		}
 		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file, Identity: id})
 	}
@@ -106,4 +112,25 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return fmt.Errorf("interrupted: %s, run the same command again to go on", lack)
 	}
 	return nil
+}
+
+// identify says which disk it is. Beside a file whose directory cannot be written
+// that is not known, which costs no more than a resume; where it was said where
+// to keep it, it has to be.
+func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Identity, err error) {
+	if spec.State != "" {
+		if id, err = identity.Of(file, spec.State); err != nil {
+			return id, fmt.Errorf("--state: %w", err)
+		}
+		return id, nil
+	}
+	where, err := identity.Default(file.Path(), file.IsBlockDevice())
+	if err != nil {
+		return id, err
+	}
+	if id, err = identity.Of(file, where); err != nil {
+		c.log.Warn("a destination that is restarted will not take this disk for the same: say where to keep what it needs, with --state",
+			"disk", file.Path(), "error", err)
+	}
+	return id, nil
 }

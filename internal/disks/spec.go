@@ -23,6 +23,7 @@ type Spec struct {
 	Named bool   // the name was given; otherwise it is the file's
 	Path  string
 	Map   string // where its map lies; empty: beside it
+	State string // where the state file of a source's disk lies; empty: beside it
 }
 
 // ParseSpec reads [NAME=]PATH. What comes before the first "=" is a name
@@ -68,6 +69,15 @@ func ParseSpecs(flags []string) ([]Spec, error) {
 // PlaceMaps sets where the maps of the disks lie, by flags of [NAME=]PATH. NAME
 // is that of a disk; with only one disk it can be left out.
 func PlaceMaps(specs []Spec, flags []string) error {
+	return place(specs, flags, "map", func(s *Spec) *string { return &s.Map })
+}
+
+// PlaceStates sets where the state files of a source's disks lie, as PlaceMaps.
+func PlaceStates(specs []Spec, flags []string) error {
+	return place(specs, flags, "state file", func(s *Spec) *string { return &s.State })
+}
+
+func place(specs []Spec, flags []string, what string, where func(*Spec) *string) error {
 	for _, f := range flags {
 		m, err := ParseSpec(f)
 		if err != nil {
@@ -78,22 +88,23 @@ func PlaceMaps(specs []Spec, flags []string) error {
 		case !m.Named && len(specs) == 1:
 			at = 0
 		case !m.Named:
-			return fmt.Errorf("%s: there are %d disks: say whose map it is, as in NAME=%s", m.Path, len(specs), m.Path)
+			return fmt.Errorf("%s: there are %d disks: say whose %s it is, as in NAME=%s", m.Path, len(specs), what, m.Path)
 		case at < 0:
 			return fmt.Errorf("%s: no --disk is called %q", m.Path, m.Name)
 		}
-		if specs[at].Map != "" {
-			return fmt.Errorf("%s and %s are both for the disk %q", specs[at].Map, m.Path, specs[at].Name)
+		if other := *where(&specs[at]); other != "" {
+			return fmt.Errorf("%s and %s are both for the disk %q", other, m.Path, specs[at].Name)
 		}
-		for _, s := range specs {
+		for i := range specs {
+			s, other := &specs[i], *where(&specs[i])
 			switch clean := filepath.Clean(m.Path); {
 			case filepath.Clean(s.Path) == clean:
 				return fmt.Errorf("%s is a disk: want another file", m.Path)
-			case s.Map != "" && filepath.Clean(s.Map) == clean:
+			case other != "" && filepath.Clean(other) == clean:
 				return fmt.Errorf("%s is given twice", m.Path)
 			}
 		}
-		specs[at].Map = m.Path
+		*where(&specs[at]) = m.Path
 	}
 	return nil
 }

@@ -1,6 +1,6 @@
 // Package identity tells whether a disk is still the one that it was: a UUID
 // that a disk is given once, and a generation that goes up whenever the disk is
-// found changed. Both lie in a small file beside the disk, so that a migration
+// found changed. Both lie in a small file, beside the disk or where one is told, so that a migration
 // which was interrupted goes on only with the same bytes.
 package identity
 
@@ -17,10 +17,12 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 )
 
-// Suffix is what the state file's name adds to the disk's.
+// Suffix is what the name of a state file beside its disk adds to the disk's.
 const Suffix = ".silo-nbd-source"
 
 const (
@@ -55,15 +57,33 @@ type fingerprint struct {
 	Samples string `json:"samples"`           // SHA-256
 }
 
-// Of returns the disk's identity, which it makes and keeps if there is none
-// yet, and gives a new generation if the disk has changed since. The disk must
-// not be written meanwhile.
-func Of(d Disk) (migrate.Identity, error) {
+// Default is where the state file of a disk lies if nobody says where: beside it.
+// Of a block device it is refused where a restart of the host would lose it.
+func Default(path string, blockDevice bool) (string, error) {
+	if !blockDevice {
+		return path + Suffix, nil
+	}
+	dir := filepath.Dir(path)
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return "", &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	switch int64(fs.Type) {
+	case unix.TMPFS_MAGIC, unix.RAMFS_MAGIC: // devtmpfs is one of these
+		return "", fmt.Errorf("%s: what is written beside it, in %s, is gone when the host restarts, and a destination would not know the disk again: "+
+			"say where its state file is to lie, as in --state /var/lib/silo-nbd/%s.state", path, dir, filepath.Base(path))
+	}
+	return path + Suffix, nil
+}
+
+// Of returns the disk's identity as the state file at path has it, which is made
+// if there is none yet. If the disk has changed since it gets a new generation.
+// The disk must not be written meanwhile.
+func Of(d Disk, path string) (migrate.Identity, error) {
 	print, err := take(d)
 	if err != nil {
 		return migrate.Identity{}, err
 	}
-	path := d.Path() + Suffix
 	s, err := load(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

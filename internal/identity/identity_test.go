@@ -17,7 +17,9 @@ func of(t *testing.T, path string) (migrate.Identity, error) {
 	f, err := sources.OpenFile(path, sources.FileOptions{ReadOnly: true})
 	require.NoError(t, err)
 	defer f.Close()
-	return Of(f)
+	where, err := Default(path, false)
+	require.NoError(t, err)
+	return Of(f, where)
 }
 
 func disk(t *testing.T, size int) string {
@@ -94,4 +96,17 @@ func TestDamagedStateIsRefusedAndLeftAlone(t *testing.T) {
 			require.Equal(t, content, string(got))
 		})
 	}
+}
+
+func TestStateFileOfABlockDeviceOutlivesTheHost(t *testing.T) {
+	_, err := Default("/dev/vda", true)
+	require.ErrorContains(t, err, "--state /var/lib/silo-nbd/vda.state")
+	where, err := Default("/dev/shm/a.raw", false)
+	require.NoError(t, err, "a file there would be gone itself")
+	require.Equal(t, "/dev/shm/a.raw"+Suffix, where)
+	where, err = Default("/usr/vda", true)
+	require.NoError(t, err, "a link to the device, in a directory that stays")
+	require.Equal(t, "/usr/vda"+Suffix, where)
+	_, err = Default("/no/such/vda", true)
+	require.Error(t, err)
 }
