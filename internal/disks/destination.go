@@ -132,8 +132,9 @@ func exists(path string) error {
 func (d *Destination) Expected() int { return len(d.specs) }
 
 // Open opens the disk that takes what the source announces, and makes its map.
-// A file that does not exist is made, sparse; one that does is set to the size;
-// a block device has to be large enough, and has a map only if --map says where.
+// A file that does not exist is made, sparse; one that does has to be of the
+// size; a block device has to be large enough, and has a map only if --map says
+// where.
 func (d *Destination) Open(a migrate.Announcement) (*Disk, error) {
 	spec, err := d.find(a.Name)
 	if err != nil {
@@ -164,7 +165,10 @@ func (d *Destination) open(spec Spec, size int64) (*Disk, error) {
 		}
 	}
 	if f != nil {
-		if f, err = resize(f, size); err != nil {
+		if err := checkSize(f, size); err != nil {
+			d.mu.Lock()
+			d.opened[spec.Path] = f // for a source that fits
+			d.mu.Unlock()
 			return nil, err
 		}
 		return &Disk{File: f, Name: spec.Name}, nil
@@ -218,17 +222,16 @@ func (d *Destination) find(name string) (Spec, error) {
 	return Spec{}, fmt.Errorf("no --disk is called %q, as the source's is: want --disk %s=PATH", name, name)
 }
 
-// resize gives a regular file the size of the source's disk. What a block
-// device lacks is found by who lays the disk on it.
-func resize(f *sources.File, size int64) (*sources.File, error) {
+// checkSize refuses a regular file of another size than the source's disk: the
+// file may have been named by mistake, and to cut it off or to pad it is not to
+// replace what it holds. What a block device lacks is found by who lays the disk
+// on it.
+func checkSize(f *sources.File, size int64) error {
 	if f.IsBlockDevice() || f.Room() == uint64(size) {
-		return f, nil
+		return nil
 	}
-	// While f is open it holds the lock, so this is nobody else's file.
-	if err := errors.Join(os.Truncate(f.Path(), size), f.Close()); err != nil {
-		return nil, err
-	}
-	return sources.OpenFile(f.Path(), sources.FileOptions{})
+	return fmt.Errorf("%s has %d bytes, the source's disk %d: --overwrite replaces what a file holds, and does not change its size; "+
+		"nothing was changed: remove it and it is made anew, or make it as large first, by truncate -s %d %[1]s", f.Path(), f.Room(), size, size)
 }
 
 // Close closes the disks that were opened and never asked for.

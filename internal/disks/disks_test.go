@@ -1,6 +1,7 @@
 package disks
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -55,7 +56,7 @@ func TestExistingDiskNeedsOverwrite(t *testing.T) {
 	require.Equal(t, "precious", string(got))
 }
 
-func TestOverwrittenDiskGetsTheSizeAndIsNotTakenForZero(t *testing.T) {
+func TestOverwrittenDiskKeepsItsSizeAndIsNotTakenForZero(t *testing.T) {
 	for name, before := range map[string]string{"shorter": "abc", "longer": "0123456789", "empty": "", "equal": "12345678"} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -66,6 +67,20 @@ func TestOverwrittenDiskGetsTheSizeAndIsNotTakenForZero(t *testing.T) {
 			require.NoError(t, err)
 			require.EqualValues(t, len(before), info.Size(), "nothing changes before the source has come")
 			d, err := set.Open(announce("a", 8))
+			if n := len(before); n != 0 && n != 8 {
+				require.ErrorContains(t, err, fmt.Sprintf("b.raw has %d bytes, the source's disk 8: ", n))
+				got, err := os.ReadFile(dir + "/b.raw")
+				require.NoError(t, err)
+				require.Equal(t, before, string(got))
+				require.NoFileExists(t, dir+"/b.raw"+MapSuffix)
+				_, err = OpenSource(parse(t, dir, "b.raw"))
+				require.ErrorContains(t, err, "in use", "it waits for a source that fits")
+				d, err = set.Open(announce("a", uint64(n)))
+				require.NoError(t, err)
+				require.NoError(t, d.Close())
+				require.NoError(t, set.Close())
+				return
+			}
 			require.NoError(t, err)
 			require.False(t, d.KnownZero)
 			require.EqualValues(t, 8, d.Size())

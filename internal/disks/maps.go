@@ -104,7 +104,7 @@ func fits(d *Disk) error {
 	want := uint64(d.Map.Identity().Size)
 	if have := d.Room(); have < want || have > want && !d.IsBlockDevice() {
 		return fmt.Errorf("%s has %d bytes, its map %s is of a disk of %d: it was shrunk, grown or replaced; "+
-			"nothing was changed: bring the right one back, or give --overwrite to begin anew", d.Path(), have, d.Map.Path(), want)
+			"nothing was changed: bring the right one back, or remove both to begin anew", d.Path(), have, d.Map.Path(), want)
 	}
 	return nil
 }
