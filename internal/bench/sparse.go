@@ -72,7 +72,11 @@ func startupPart(ctx context.Context, b *bench) error {
 		}
 		fmt.Printf("   %6d GiB %12.1f %16.1f %18.1f %18.1f\n", size/gib, median(ready), median(first), median(early), median(late))
 	}
-	return nil
+	size := int64(1024 * gib)
+	if b.quick {
+		size = gib
+	}
+	return restartRows(ctx, b, size)
 }
 
 // started is what one start of dest showed.

@@ -74,6 +74,7 @@ func (d *dialer) Next(ctx context.Context) (io.ReadWriteCloser, error) {
 		return d.once(ctx, dialTimeout)
 	}
 	began := time.Now()
+	var before error // what the try before the last said
 	for {
 		conn, err := d.once(ctx, min(dialTimeout, d.first-time.Since(began)))
 		if err == nil {
@@ -88,16 +89,25 @@ func (d *dialer) Next(ctx context.Context) (io.ReadWriteCloser, error) {
 			return nil, err // somebody was there, and will be the same in a moment
 		}
 		if time.Since(began)+dialPause >= d.first {
+			if errors.As(err, new(*noAnswerError)) && before != nil {
+				err = before // the last one had little time
+			}
 			return nil, fmt.Errorf("no connection within %v: %w", d.first, err)
 		}
+		before = err
 		if err := pause(ctx, dialPause); err != nil {
 			return nil, err
 		}
 	}
 }
 
+// noAnswerError says that a try has taken too long.
+type noAnswerError struct{ addr addr.Addr }
+
+func (e *noAnswerError) Error() string { return e.addr.String() + " does not answer" }
+
 func (d *dialer) once(ctx context.Context, timeout time.Duration) (net.Conn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%s does not answer", d.addr))
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, &noAnswerError{d.addr})
 	defer cancel()
 	conn, err := d.dial(ctx)
 	if err != nil && ctx.Err() != nil {

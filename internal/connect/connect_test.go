@@ -72,6 +72,23 @@ func TestHostThatDoesNotAnswerIsGivenUp(t *testing.T) {
 	})
 }
 
+// The last try may have little time; what the one before has said is worth more.
+func TestLastTryDoesNotHideTheReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		d := dialerThat(300*time.Millisecond, func(ctx context.Context) (net.Conn, error) {
+			if tries++; tries == 1 {
+				return nil, errRefused
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		_, err := d.Next(t.Context())
+		require.ErrorIs(t, err, errRefused)
+		require.Equal(t, 2, tries)
+	})
+}
+
 func TestLaterConnectionsAreTriedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tries := 0
