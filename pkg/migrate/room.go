@@ -113,6 +113,7 @@ type shortage struct {
 	err    error     // nil: there is none
 	since  time.Time // when it began
 	told   time.Time // when the log was told last
+	local  int64     // bytes that were here at the last refusal
 	untold bool      // the log does not know yet that there is room again
 }
 
@@ -129,7 +130,7 @@ func (d *destDisk) short(err error) error {
 		d.shortage.told, d.shortage.untold = now, true
 	}
 	since := d.shortage.since
-	d.shortage.err = err
+	d.shortage.err, d.shortage.local = err, d.dev.Stats().BytesLocal
 	d.mu.Unlock()
 	if tell {
 		d.log.Warn("no room: the migration waits, and goes on by itself when there is; clients that write get ENOSPC until then; make room",
@@ -151,8 +152,13 @@ func (d *destDisk) file(err error) string {
 }
 
 // roomy notes that data has found room, and says so if the log thinks otherwise.
+// Data that was here already, and came once more, has needed none.
 func (d *destDisk) roomy() {
 	d.mu.Lock()
+	if d.shortage.err == nil || d.dev.Stats().BytesLocal <= d.shortage.local {
+		d.mu.Unlock()
+		return
+	}
 	since, tell := d.shortage.since, d.shortage.untold
 	d.shortage.err, d.shortage.untold = nil, false
 	d.mu.Unlock()

@@ -92,6 +92,7 @@ func TestFullDestinationWaitsForRoom(t *testing.T) {
 		}()
 		<-time.After(time.Minute)
 		require.False(t, read.Load())
+		synctest.Wait() // no write is between its refusal and the word of it
 		full.Store(false)
 		freed := time.Now()
 		require.NoError(t, <-reader)
