@@ -44,12 +44,14 @@ func (d *Dir) explainServer(err error, host string) error {
 		err = fmt.Errorf("the other side's certificate %s: renew it there, or mend the clock here", validity(invalid.Cert))
 	case errors.As(err, &invalid) && invalid.Reason == x509.IncompatibleUsage:
 		err = errors.New("the other side's certificate may not be used by a server: make one with extendedKeyUsage=serverAuth,clientAuth")
-	case errors.As(err, &record):
-		err = errNoTLS
 	case isAlert(err):
 		return d.explainRead(err)
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		err = errors.New("the other side closed the connection in the handshake; if it does not speak TLS, give it --tls")
+	case errors.As(err, &record), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF),
+		errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		// One that does not speak TLS may have said something before it hangs
+		// up, or not: which of the two it was is chance. One that does speak it
+		// and does not want us sends an alert.
+		err = errNoTLSServer
 	}
 	return &HandshakeError{err}
 }

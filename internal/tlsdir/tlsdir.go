@@ -201,4 +201,9 @@ func (e *HandshakeError) Error() string { return "TLS: " + e.Err.Error() }
 // Unwrap gives the reason.
 func (e *HandshakeError) Unwrap() error { return e.Err }
 
-var errNoTLS = errors.New("the other side does not speak TLS: give it --tls, or take it away here")
+// What a client is told of a server that does not speak TLS, and the log of the
+// server of such a client.
+var (
+	errNoTLSServer = errors.New("the other side does not speak TLS, or hung up: give it --tls, or take it away here")
+	errNoTLS       = errors.New("the other side does not speak TLS: give it --tls, or take it away here")
+)

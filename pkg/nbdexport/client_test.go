@@ -71,6 +71,9 @@ func pipeClient(t testing.TB, s *Server) *rawClient {
 	return &rawClient{t: t, Conn: client}
 }
 
+// pass lets time pass inside a synctest bubble: by its clock, at once.
+func pass(d time.Duration) { <-time.After(d) }
+
 func (c *rawClient) send(parts ...any) {
 	c.t.Helper()
 	_, err := c.Write(pack(parts...))

@@ -16,7 +16,7 @@ type slowDisk struct {
 }
 
 func (d *slowDisk) ReadAt(p []byte, off int64) (int, error) {
-	time.Sleep(d.takes)
+	pass(d.takes)
 	return d.memory.ReadAt(p, off)
 }
 
@@ -58,9 +58,9 @@ func drive(p *pacer, windows int, alone, workers time.Duration) (with int) {
 		for range windowRequests {
 			ended++
 			if p.next(ended, false) {
-				time.Sleep(workers)
+				pass(workers)
 			} else {
-				time.Sleep(alone)
+				pass(alone)
 				p.ran(alone)
 			}
 		}
