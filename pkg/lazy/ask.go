@@ -1,5 +1,7 @@
 package lazy
 
+import "time"
+
 // The side of waits that talks to the source.
 
 func (w *waits) kickLocked() {
@@ -18,7 +20,7 @@ func (w *waits) current() *Stream {
 func (w *waits) attach(d *Device, s *Stream) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.cur = s
+	w.cur, w.curSince = s, time.Now()
 	for block, k := range w.wants {
 		switch {
 		case k.readers == 0: // nobody waits, and the new source does not know of it
@@ -35,7 +37,7 @@ func (w *waits) detach(s *Stream) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.cur == s {
-		w.cur = nil
+		w.cur, w.curSince = nil, time.Now()
 	}
 }
 

@@ -26,9 +26,11 @@ type Stats struct {
 
 	Asked int64 // runs of blocks the sources were asked for with NeedAt
 
-	Attached bool // a source is attached
-	Live     bool // client I/O is let in
-	Complete bool // the source is not needed any more
+	Attached      bool      // a source is attached
+	AttachedSince time.Time // when it was attached, or left; of a new device, when it was made
+	LastArrival   time.Time // when something came from a source; zero if nothing has
+	Live          bool      // client I/O is let in
+	Complete      bool      // the source is not needed any more
 }
 
 // Stats says how far the device is. The numbers are of about the same moment.
@@ -59,7 +61,7 @@ func (d *Device) Stats() Stats {
 		st.OldestWait, st.WaitOff = w.head.since, w.head.off
 	}
 	st.Asked = w.asked
-	st.Attached = w.cur != nil
+	st.Attached, st.AttachedSince, st.LastArrival = w.cur != nil, w.curSince, w.lastHeard()
 	return st
 }
 

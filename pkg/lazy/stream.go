@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
@@ -119,6 +120,7 @@ func (s *Stream) arrive(f fill, off, length int64) error {
 		return err
 	}
 	defer s.ops.leave()
+	d.waits.heard.Store(time.Now().UnixNano())
 	if d.sealed.Load() {
 		return ErrComplete
 	}
@@ -151,7 +153,7 @@ func (d *Device) arriveRun(f fill, lo, hi int64) error {
 		to := d.state.nextLocal(from, hi)
 		if err := d.putAround(f, from, to); err != nil {
 			d.knownZero.Store(false) // who knows what is there now
-			d.waits.refused(lo, hi)
+			d.waits.refused(lo, hi, err)
 			return err
 		}
 		from = d.state.nextMissing(to, hi)

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -72,6 +74,12 @@ func TestWaitingIsVisible(t *testing.T) {
 				a["source_attached"].Bool() != (i == 0) || a["waiting"].Int64() != 101 {
 				t.Errorf("line %d: %v", i, a)
 			}
+			if i == 0 && a["source_attached_for"].Duration() != 5*time.Second || i > 0 && a["source_gone_for"].Duration() != r.Time.Sub(begin)-25*time.Second {
+				t.Errorf("line %d, since when the source is there, or gone: %v", i, a)
+			}
+			if _, ok := a["source_last_sent"]; ok {
+				t.Errorf("line %d tells of an arrival, and there was none: %v", i, a)
+			}
 		}
 		if want := []time.Duration{5 * time.Second, 30 * time.Second, time.Minute}; !slices.Equal(got, want) {
 			t.Errorf("lines at %v, want %v", got, want)
@@ -103,6 +111,39 @@ func TestWaitingIsVisible(t *testing.T) {
 		}
 		mustWrite(t, s, 0, filled(1, testBlock))
 		<-last
+	})
+}
+
+// What the source does is in the line: it sends other blocks, or the block has
+// come and the disk did not take it.
+func TestWaitingSaysWhatTheSourceDoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &records{}
+		d, disk := newTestDevice(t, 64*testBlock, Options{BlockSize: testBlock, Log: slog.New(log)})
+		s := d.Attach(&asks{})
+		reader := run(func() { mustRead(t, d, 0, filled(1, 1)) })
+		pass(3 * time.Second)
+		mustWrite(t, s, 9*testBlock, filled(1, testBlock))
+		pass(3 * time.Second)
+		lines := log.take()
+		if len(lines) != 1 || lines[0].Message != "a client waits: the source has not sent the block" || attrs(lines[0])["source_last_sent"].Duration() != 2*time.Second {
+			t.Errorf("while others come: %v", lines)
+		}
+		if st := d.Stats(); !st.LastArrival.Equal(time.Now().Add(-3*time.Second)) || !st.AttachedSince.Equal(time.Now().Add(-6*time.Second)) {
+			t.Errorf("stats: %+v", st)
+		}
+		disk.hook = func(string, int64, int64) error { return syscall.ENOSPC }
+		if _, err := s.WriteAt(filled(1, testBlock), 0); !NoRoom(err) {
+			t.Errorf("without room: %v", err)
+		}
+		pass(25 * time.Second)
+		lines = log.take()
+		if len(lines) != 1 || !strings.HasPrefix(lines[0].Message, "a client waits: the disk has no room for the block") || attrs(lines[0])["error"].Any() == nil {
+			t.Errorf("without room: %v", lines)
+		}
+		disk.hook = nil
+		mustWrite(t, s, 0, filled(1, testBlock))
+		<-reader
 	})
 }
 

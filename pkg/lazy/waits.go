@@ -19,10 +19,12 @@ type waits struct {
 	n      atomic.Int64 // wants, so that a publisher need not take the lock
 
 	watch chan struct{} // capacity 1: the watcher has something new to look at
+	heard atomic.Int64  // when something arrived last, in nanoseconds since 1970; 0: never
 
 	mu sync.Mutex
 	// Guarded by mu. With it held only the locks of the masks are taken:
-	cur        *Stream // the session that is asked, or nil
+	cur        *Stream   // the session that is asked, or nil
+	curSince   time.Time // since when it is cur, or nobody
 	wants      map[int64]*want
 	ask        runset // to be asked with NeedAt: somebody waits, or may soon
 	later      runset // to be asked with NeedAt after those: prefetches
@@ -38,7 +40,8 @@ type waits struct {
 // want is one block that somebody waits for, or that read-ahead asked for.
 type want struct {
 	readers int
-	refused bool          // it arrived, but the disk failed
+	refused bool          // it arrived, but the disk failed; it is to be asked for again
+	why     error         // why it is not here although it has arrived; nil if it has not
 	here    chan struct{} // closed when the block has changed; nil if nobody looks
 }
 
@@ -68,6 +71,7 @@ func (w *waits) init(blocks, blockSize int64) {
 	w.ask.blocks = blocks
 	w.later.blocks = blocks
 	w.tell.blocks = blocks
+	w.curSince = time.Now()
 	w.ahead.limit = max(aheadFirst, aheadBytes/blockSize)
 }
 
@@ -271,7 +275,7 @@ func (w *waits) changed(d *Device, lo, hi int64) {
 			return
 		}
 		if d.state.isLocal(block) {
-			k.refused = false
+			k.refused, k.why = false, nil
 		}
 		if k.here != nil {
 			close(k.here)
@@ -316,14 +320,14 @@ func (w *waits) invalidated(d *Device, lo, hi int64) {
 
 // refused notes that [lo, hi) arrived and the disk did not take it. What of it
 // is waited for is asked for again, after a while.
-func (w *waits) refused(lo, hi int64) {
+func (w *waits) refused(lo, hi int64, err error) {
 	if w.n.Load() == 0 {
 		return
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.eachLocked(lo, hi, func(_ int64, k *want) {
-		k.refused = true
+		k.refused, k.why = true, err
 		if w.retry.IsZero() {
 			w.retry = time.Now().Add(retryAfter)
 			wake(w.watch)

@@ -68,6 +68,9 @@ type stall struct {
 	off      int64
 	waiting  int
 	attached bool
+	changed  time.Time // when the source was attached, or left
+	heard    time.Time // when something arrived last; zero if nothing ever did
+	why      error     // why the block is not here although it has arrived; nil if it has not
 }
 
 func (w *waits) oldest() (at stall, retry time.Time, ok bool) {
@@ -76,7 +79,22 @@ func (w *waits) oldest() (at stall, retry time.Time, ok bool) {
 	if w.head == nil {
 		return stall{}, w.retry, false
 	}
-	return stall{w.head.since, w.head.off, w.waiting, w.cur != nil}, w.retry, true
+	at = stall{since: w.head.since, off: w.head.off, waiting: w.waiting, attached: w.cur != nil, changed: w.curSince}
+	at.heard = w.lastHeard()
+	for _, s := range w.head.held {
+		for block := s.lo; block < s.hi && at.why == nil; block++ {
+			at.why = w.wants[block].why
+		}
+	}
+	return at, w.retry, true
+}
+
+// lastHeard is when something arrived last; zero if nothing ever did.
+func (w *waits) lastHeard() time.Time {
+	if ns := w.heard.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
 }
 
 func (d *Device) logStall(now time.Time, at stall) {
@@ -84,13 +102,29 @@ func (d *Device) logStall(now time.Time, at stall) {
 	switch {
 	case !d.isLive.Load():
 		why = "the source has not handed over the device"
+	case noRoom(at.why):
+		why = "the disk has no room for the block, which is asked for again until it has"
+	case at.why != nil:
+		why = "the disk does not take the block, which is asked for again"
 	case !at.attached:
 		why = "no source is attached"
 	}
-	d.log.Warn("a client waits: "+why,
+	line := []any{
 		slog.Int64("block_offset", at.off/d.blockSize*d.blockSize),
 		slog.Time("since", at.since),
 		slog.Duration("for", now.Sub(at.since).Round(time.Second)),
 		slog.Bool("source_attached", at.attached),
-		slog.Int("waiting", at.waiting))
+		slog.Duration("source_attached_for", now.Sub(at.changed).Round(time.Second)),
+		slog.Int("waiting", at.waiting),
+	}
+	if !at.attached {
+		line[4] = slog.Duration("source_gone_for", now.Sub(at.changed).Round(time.Second))
+	}
+	if !at.heard.IsZero() {
+		line = append(line, slog.Duration("source_last_sent", now.Sub(at.heard).Round(time.Second)))
+	}
+	if at.why != nil {
+		line = append(line, slog.Any("error", at.why))
+	}
+	d.log.Warn("a client waits: "+why, line...)
 }
