@@ -14,7 +14,7 @@ import (
 // TestDocumentedTestsExist: docs/NBD.md says which test holds it to a claim.
 func TestDocumentedTestsExist(t *testing.T) {
 	have := make(map[string]bool)
-	for _, dir := range []string{"pkg/nbdexport", "integration"} {
+	for _, dir := range []string{"pkg/nbdexport", "pkg/lazy", "pkg/storage/sources", "integration"} {
 		files, err := filepath.Glob(filepath.Join("../..", dir, "*_test.go"))
 		require.NoError(t, err)
 		for _, file := range files {
