@@ -210,7 +210,7 @@ func TestPeerIsToldWhyItsDeviceIsRefused(t *testing.T) {
 		ended := handle(t, dst)
 		raw := newRawPeer(t, a)
 		raw.mustSend(1, 1, cat(devInfo(8192, 4096), revision2))
-		require.Equal(t, []byte{0xfd, 1, 0, 4, 0, 2, 0, 0, 0, 6, 0}, raw.next().body[:11])
+		require.Equal(t, []byte{0xfd, 1, 0, 4, 0, wire.Revision, 0, 0, 0, 6, 0}, raw.next().body[:11])
 		raw.mustSend(1, 2, writeAt(0, fill(4096, 1)))
 		require.ErrorIs(t, <-ended, ErrRefused)
 		require.Zero(t, dst.Stats().Received)

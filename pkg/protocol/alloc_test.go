@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
@@ -63,8 +64,9 @@ func (w *tokens) drain() {
 	}
 }
 
-// stream is a device from one connection to another, with a window of 16.
-func stream(t testing.TB) (*ToProtocol, *FromProtocol, *tokens) {
+// stream is a device from one connection to another, with a window of 16, plain
+// or with checksums.
+func stream(t testing.TB, checked bool) (*ToProtocol, *FromProtocol, *tokens) {
 	a, b := socketPair(t)
 	src := NewProtocolRW(t.Context(), a, a, nil)
 	dst := NewProtocolRW(t.Context(), b, b, nil)
@@ -73,7 +75,12 @@ func stream(t testing.TB) (*ToProtocol, *FromProtocol, *tokens) {
 	store := null{1 << 40}
 	from := NewFromProtocol(1, func(*DevInfo) storage.StorageProvider { return store }, dst)
 	to := NewToProtocol(store.size, 1, src)
-	require.NoError(t, to.SendDevInfo("d", 64<<10, ""))
+	if checked {
+		require.NoError(t, to.SendDevInfoExt(&DevInfo{BlockSize: 64 << 10, Extension: &wire.Extension{Revision: wire.Revision}}))
+		<-to.PeerKnown()
+	} else {
+		require.NoError(t, to.SendDevInfo("d", 64<<10, ""))
+	}
 	_, err := to.WriteAt(make([]byte, 1), 0)
 	require.NoError(t, err)
 	w := &tokens{free: make(chan struct{}, 16), t: t}
@@ -86,7 +93,12 @@ func stream(t testing.TB) (*ToProtocol, *FromProtocol, *tokens) {
 // A streamed block costs no allocation: not to send, not to receive and store,
 // not to answer, not to hear the answer.
 func TestAStreamedBlockAllocatesNothing(t *testing.T) {
-	to, from, w := stream(t)
+	t.Run("plain", func(t *testing.T) { streamAllocatesNothing(t, false) })
+	t.Run("checked", func(t *testing.T) { streamAllocatesNothing(t, true) })
+}
+
+func streamAllocatesNothing(t *testing.T, checked bool) {
+	to, from, w := stream(t, checked)
 	to.HandleNeedAt(func(int64, int64) {})
 	for _, size := range []int{512, 4 << 10, 64 << 10, 1 << 20} {
 		data := make([]byte, size)
@@ -126,18 +138,21 @@ func TestAStreamedBlockAllocatesNothing(t *testing.T) {
 
 func BenchmarkStream(b *testing.B) {
 	for _, size := range []int{4 << 10, 64 << 10, 1 << 20} {
-		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
-			to, _, w := stream(b)
-			data := make([]byte, size)
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			for b.Loop() {
-				<-w.free
-				if err := to.StartWrite(PriorityBulk, data, 0, w); err != nil {
-					b.Fatal(err)
-				}
-			}
-			w.drain()
-		})
+		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) { benchmarkStream(b, size, false) })
+		b.Run(fmt.Sprintf("%dKiB/checked", size>>10), func(b *testing.B) { benchmarkStream(b, size, true) })
 	}
+}
+
+func benchmarkStream(b *testing.B, size int, checked bool) {
+	to, _, w := stream(b, checked)
+	data := make([]byte, size)
+	b.SetBytes(int64(size))
+	b.ReportAllocs()
+	for b.Loop() {
+		<-w.free
+		if err := to.StartWrite(PriorityBulk, data, 0, w); err != nil {
+			b.Fatal(err)
+		}
+	}
+	w.drain()
 }

@@ -125,6 +125,10 @@ func (p *ProtocolRW) announced(h wire.Header, di *wire.DevInfo) error {
 	}
 	in := d.in
 	p.mu.Unlock()
+	if takesChecked(di) { // before anything is said about the device
+		p.allow()
+		p.sender.check()
+	}
 	if err := in.announce(di, h); err != nil { // before newDevice: it may use the device
 		return err
 	}

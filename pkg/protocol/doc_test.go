@@ -45,6 +45,8 @@ func TestTheBytesInTheDocumentationAreReal(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, example("devinforesponse"), b)
 
+	require.Equal(t, example("checked"), wire.AppendChecked(nil, wire.Header{Dev: 1, ID: 9, Length: 2}, []byte{7, 4}))
+
 	require.Equal(t, example("zerorun"), wire.AppendZeroRun(nil, 64<<10, 1<<30))
 }
 

@@ -34,6 +34,7 @@ type RemoteError struct {
 	Off, Len int64  // what was asked for, in bytes
 	Done     int64  // how many bytes the peer says it has done
 	NoRoom   bool   // the peer says that it has no room for them
+	Damaged  bool   // the peer says that they were changed on the way, or had no checksum
 }
 
 // Error names the request.
@@ -44,8 +45,14 @@ func (e *RemoteError) Error() string {
 	if e.NoRoom {
 		return fmt.Sprintf("protocol: the peer has no room to %s %d bytes at %d", e.Op, e.Len, e.Off)
 	}
+	if e.Damaged {
+		return fmt.Sprintf("protocol: %d bytes at %d were changed on the way to the peer", e.Len, e.Off)
+	}
 	return fmt.Sprintf("protocol: the peer could not %s %d bytes at %d", e.Op, e.Len, e.Off)
 }
 
-// Is makes a refusal for want of room an ErrNoRoom.
-func (e *RemoteError) Is(target error) bool { return e.NoRoom && target == ErrNoRoom }
+// Is makes a refusal for want of room an ErrNoRoom, and one of damaged data an
+// ErrDamaged.
+func (e *RemoteError) Is(target error) bool {
+	return e.NoRoom && target == ErrNoRoom || e.Damaged && target == ErrDamaged
+}

@@ -29,6 +29,11 @@ type (
 	HashesHandler interface {
 		HandleHashes(hashes []wire.Hash) error
 	}
+	// DamageHandler hears of each WriteAt that was changed on the way. It was refused,
+	// so that it comes again.
+	DamageHandler interface {
+		HandleDamage()
+	}
 	// RemoveDevHandler hears that nothing more comes for the device.
 	RemoveDevHandler interface {
 		HandleRemoveDev()

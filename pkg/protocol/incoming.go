@@ -22,6 +22,7 @@ type incoming struct {
 	size    uint64
 	block   uint32 // bytes
 	id      uint32 // of the DevInfo
+	checked bool   // its WriteAts come checked; others are refused
 	window  int64  // bytes of bulk data that an extended peer may have in flight
 	reasons bool   // the peer takes a reason with a refusal
 
@@ -83,6 +84,7 @@ func (in *incoming) announce(di *wire.DevInfo, h wire.Header) error {
 	}
 	in.known, in.size, in.block, in.id = true, di.Size, di.BlockSize, h.ID
 	in.reasons = di.Extension != nil && di.Extension.Revision >= wire.RevisionReason
+	in.checked = takesChecked(di)
 	// A quarter of the share stays for data that is asked for, which the window does
 	// not count. A window of 0 would mean that there is no limit.
 	share := in.p.budget.open(&in.account)

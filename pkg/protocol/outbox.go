@@ -89,6 +89,9 @@ func (o *outbox) write(b []byte) bool {
 	if !o.p.sender.acquire(PriorityUrgent) {
 		return false
 	}
+	if o.p.sender.checking {
+		b = o.p.sender.wrap(b)
+	}
 	_, err := o.p.sender.w.Write(b)
 	o.p.sender.release()
 	if err != nil {

@@ -24,14 +24,24 @@ func (in *incoming) perform(j *job) {
 			in.answer(j, b[:])
 		case in.reasons && errors.Is(err, ErrNoRoom):
 			in.answer(j, append(b[:0], byte(wire.CommandWriteAtResponseErr), byte(wire.ReasonNoRoom)))
+		case in.reasons && errors.Is(err, ErrDamaged):
+			in.answer(j, append(b[:0], byte(wire.CommandWriteAtResponseErr), byte(wire.ReasonDamaged)))
 		default:
 			in.answer(j, append(b[:0], byte(wire.CommandWriteAtResponseErr)))
 		}
 	case wire.CommandReadAt:
 		in.read(j)
 	case commandRefused, commandReadRefused:
+		if j.reason == wire.ReasonDamaged && j.checksum.on {
+			in.noteDamage()
+		}
 		in.drop(j)
-		in.answer(j, []byte{byte(j.command)})
+		b := [2]byte{byte(j.command), byte(j.reason)}
+		if j.reason == wire.ReasonUnknown || !in.reasons {
+			in.answer(j, b[:1])
+		} else {
+			in.answer(j, b[:])
+		}
 	default:
 		in.control(j)
 	}
@@ -45,9 +55,12 @@ func (in *incoming) answer(j *job, packet []byte) {
 }
 
 // write applies a WriteAt. Why a store fails is its owner's to tell: the peer
-// hears only that it did, and whether it was for want of room.
+// hears only that it did, and whether sending it again can help.
 func (in *incoming) write(j *job) (n int64, err error) {
 	switch {
+	case j.damagedData():
+		in.noteDamage()
+		return 0, ErrDamaged
 	case j.rle:
 		return j.length, in.writeRunLength(j)
 	case j.length == 0:

@@ -94,6 +94,7 @@ type ProtocolRW struct {
 	sender sender // who may write to w, and when
 	outbox outbox // small packets on their way to sender
 	budget budget // memory for received data
+	check  checking
 
 	life    lifeline
 	done    chan struct{} // closed by end after err is set
@@ -240,6 +241,7 @@ type Stats struct {
 	Received       int64  // bytes of data that are received and not yet in storage
 	Unanswered     int    // our requests that wait for an answer
 	StrayResponses uint64 // responses that nobody waited for; they are ignored
+	Damaged        uint64 // WriteAts that were refused since their checksum did not match
 }
 
 // Stats returns the counters as they stand.
@@ -247,7 +249,10 @@ func (p *ProtocolRW) Stats() Stats {
 	p.mu.Lock()
 	stray := p.stray
 	p.mu.Unlock()
-	return Stats{Received: p.budget.inUse(), Unanswered: p.calls.len(), StrayResponses: stray}
+	return Stats{
+		Received: p.budget.inUse(), Unanswered: p.calls.len(), StrayResponses: stray,
+		Damaged: p.check.damaged.Load(),
+	}
 }
 
 // start runs f on a goroutine that Close waits for, unless the connection has

@@ -18,6 +18,8 @@ type job struct {
 	tokens      []byte  // part of buf
 	charge      int64   // bytes of the budget that it holds
 	message     any     // a decoded event or list
+	checksum    checksum
+	reason      wire.Reason // of a refusal
 }
 
 // barrier says that a job waits for all before it and runs alone.

@@ -1,6 +1,7 @@
 package protocol
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -46,6 +47,10 @@ func (p *ProtocolRW) readPacket(h wire.Header) error {
 		return midPacket(err)
 	}
 	command := wire.Command(b[0])
+	h, command, err = p.openChecked(h, command)
+	if err != nil {
+		return fmt.Errorf("device %d: packet of %d bytes: %w", h.Dev, h.Length, err)
+	}
 	limit := p.opts.maxLength(command)
 	if limit == 0 {
 		return fmt.Errorf("device %d: packet of %d bytes: %w 0x%02x (%s)", h.Dev, h.Length, ErrUnknownCommand, byte(command), command)
@@ -159,6 +164,12 @@ func (p *ProtocolRW) readRequest(in *incoming, command wire.Command, h wire.Head
 // readWriteAt reads a WriteAt. Its data goes straight to the buffer from which
 // it is written.
 func (p *ProtocolRW) readWriteAt(in *incoming, h wire.Header) error {
+	if in.checked && !p.check.on { // it comes again, with a checksum
+		if err := p.discard(h.Length); err != nil {
+			return err
+		}
+		return p.queueRefusal(in, commandRefused, h.ID, wire.ReasonDamaged)
+	}
 	if h.Length < wire.WriteAtHead {
 		b, err := p.readSmall(h.Length)
 		if err != nil {
@@ -174,6 +185,7 @@ func (p *ProtocolRW) readWriteAt(in *incoming, h wire.Header) error {
 	switch t := wire.WriteType(b[1]); t {
 	case wire.WriteData:
 		off := int64(binary.LittleEndian.Uint64(b[2:]))
+		p.sumUp(b) // with the rest it tells, later, whether the offset is what was sent
 		p.skip(wire.WriteAtHead)
 		if !in.contains(off, int64(n)) || n > maxData {
 			return p.refuse(in, h, n)
@@ -188,7 +200,11 @@ func (p *ProtocolRW) readWriteAt(in *incoming, h wire.Header) error {
 	case wire.WriteHash, wire.WriteAlreadyHave, wire.WriteGzip, wire.WriteZeroes:
 		return p.refuse(in, h, h.Length) // no other source to have it from, or later than 0.1.5
 	default:
-		return fmt.Errorf("%w: WriteAt of %s", wire.ErrInvalid, t)
+		reason, err := p.discardData(h.Length)
+		if reason == wire.ReasonDamaged {
+			return p.queueRefusal(in, commandRefused, h.ID, reason)
+		}
+		return cmp.Or(err, fmt.Errorf("%w: WriteAt of %s", wire.ErrInvalid, t))
 	}
 }
 
@@ -199,6 +215,11 @@ func (p *ProtocolRW) readRunLength(in *incoming, h wire.Header) error {
 	if err := p.readData(in, &j, int(h.Length)); err != nil {
 		return err
 	}
+	if j.damagedData() {
+		in.drop(&j)
+		return p.queueRefusal(in, commandRefused, h.ID, wire.ReasonDamaged)
+	}
+	j.checksum.on = false
 	var m wire.WriteAt
 	if err := m.UnmarshalBinary(j.buf.b); err != nil {
 		in.drop(&j)
@@ -208,7 +229,7 @@ func (p *ProtocolRW) readRunLength(in *incoming, h wire.Header) error {
 	j.length, _ = wire.RLELen(m.Data, wire.MaxRunLength) // was checked just now
 	if !in.contains(j.off, j.length) {
 		in.drop(&j)
-		return p.queueRefusal(in, commandRefused, h.ID)
+		return p.queueRefusal(in, commandRefused, h.ID, wire.ReasonUnknown)
 	}
 	if !zeroRun(m.Data) { // it is expanded by the piece
 		charge := j.charge + bufferCost(int(min(j.length, in.pieceSize())))
@@ -223,7 +244,8 @@ func (p *ProtocolRW) readRunLength(in *incoming, h wire.Header) error {
 	return in.push(j)
 }
 
-// readData waits until there is memory for n bytes, and reads them.
+// readData waits until there is memory for n bytes, the last of the packet, and
+// reads them.
 func (p *ProtocolRW) readData(in *incoming, j *job, n int) error {
 	j.charge = bufferCost(n)
 	if !p.budget.acquire(&in.account, j.charge) {
@@ -235,12 +257,15 @@ func (p *ProtocolRW) readData(in *incoming, j *job, n int) error {
 		in.drop(j)
 		return midPacket(err)
 	}
+	if p.check.on {
+		j.checksum = checksum{on: true, sum: p.check.sum, want: p.check.want}
+	}
 	return nil
 }
 
 func (p *ProtocolRW) queueReadAt(in *incoming, id uint32, m wire.ReadAt) error {
 	if m.Length < 0 || m.Length > maxData || !in.contains(m.Off, int64(m.Length)) {
-		return p.queueRefusal(in, commandReadRefused, id)
+		return p.queueRefusal(in, commandReadRefused, id, wire.ReasonUnknown)
 	}
 	j := job{command: wire.CommandReadAt, id: id, off: m.Off, length: int64(m.Length)}
 	j.charge = bufferCost(int(m.Length))
@@ -251,18 +276,20 @@ func (p *ProtocolRW) queueReadAt(in *incoming, id uint32, m wire.ReadAt) error {
 	return in.push(j)
 }
 
-// refuse lets n more bytes of the packet go and answers it with an error.
+// refuse lets the last n bytes of the packet go and answers it with an error.
 func (p *ProtocolRW) refuse(in *incoming, h wire.Header, n uint32) error {
-	if err := p.discard(n); err != nil {
+	reason, err := p.discardData(n)
+	if err != nil {
 		return err
 	}
-	return p.queueRefusal(in, commandRefused, h.ID)
+	return p.queueRefusal(in, commandRefused, h.ID, reason)
 }
 
 // queueRefusal queues a refusal behind what came before, as it has its place in
 // memory too.
-func (p *ProtocolRW) queueRefusal(in *incoming, answer wire.Command, id uint32) error {
-	j := job{command: answer, id: id, charge: minCharge}
+func (p *ProtocolRW) queueRefusal(in *incoming, answer wire.Command, id uint32, reason wire.Reason) error {
+	j := job{command: answer, id: id, charge: minCharge, reason: reason}
+	j.checksum.on = p.check.on
 	if !p.budget.acquire(&in.account, j.charge) {
 		return p.closedErr()
 	}

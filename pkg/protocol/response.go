@@ -36,6 +36,9 @@ func (p *ProtocolRW) readResponse(command wire.Command, h wire.Header) error {
 	}
 	c, ok := p.calls.take(h.Dev, h.ID)
 	if !ok {
+		if command == wire.CommandDevInfoResponse && p.check.on {
+			return fmt.Errorf("an answer to a DevInfo that was not sent so: %w", ErrDamaged)
+		}
 		p.mu.Lock()
 		p.stray++
 		p.mu.Unlock()
@@ -103,7 +106,10 @@ func (p *ProtocolRW) finishCall(c *call, command wire.Command, n uint32) error {
 		if err := m.UnmarshalBinary(b); err != nil {
 			return err
 		}
-		c.finish(&RemoteError{Op: "write", Off: c.off, Len: c.length, NoRoom: m.Reason == wire.ReasonNoRoom})
+		c.finish(&RemoteError{
+			Op: "write", Off: c.off, Len: c.length,
+			NoRoom: m.Reason == wire.ReasonNoRoom, Damaged: m.Reason == wire.ReasonDamaged,
+		})
 		return nil
 	}
 	if err := wire.DecodeBare(b, command); err != nil {
@@ -128,6 +134,11 @@ func (p *ProtocolRW) finishRead(c *call, n uint32) error {
 	if _, err := io.ReadFull(p.br, buf.b); err != nil {
 		buf.free()
 		return midPacket(err)
+	}
+	p.sumUp(buf.b)
+	if err := p.verify(); err != nil {
+		buf.free()
+		return err
 	}
 	var m wire.ReadAtResponse
 	if err := m.UnmarshalBinary(buf.b); err != nil {

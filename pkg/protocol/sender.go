@@ -24,7 +24,8 @@ const (
 // packets first, but not for ever: somebody may have asked for a block that is
 // on its way as bulk data. It is no mutex, since it is held over the write.
 type sender struct {
-	w io.Writer
+	w      io.Writer
+	wanted atomic.Bool // the peer takes checked packets
 
 	mu     sync.Mutex
 	urgent sync.Cond
@@ -37,9 +38,11 @@ type sender struct {
 	closed      bool
 
 	// Used by the holder alone:
-	head []byte
-	vec  [2][]byte
-	bufs net.Buffers
+	checking bool // what is written now is checked
+	head     []byte
+	batch    []byte
+	vec      [2][]byte
+	bufs     net.Buffers
 }
 
 func (s *sender) init(w io.Writer) {
@@ -73,6 +76,7 @@ func (s *sender) acquire(pri Priority) bool {
 		return false
 	}
 	s.busy = true
+	s.checking = s.wanted.Load()
 	return true
 }
 
@@ -102,10 +106,15 @@ func (s *sender) close() {
 }
 
 // writePacket writes one packet: its first bytes, which are few, and a payload
-// that is not copied unless it is small. The right to write is held.
-func (s *sender) writePacket(dev, id uint32, first, payload []byte) error {
-	h := wire.Header{Dev: dev, ID: id, Length: uint32(len(first) + len(payload))}
-	s.head = append(h.Append(s.head[:0]), first...)
+// that is not copied unless it is small. sum is for a checked one.
+// The right to write is held.
+func (s *sender) writePacket(h wire.Header, first, payload []byte, sum uint32) error {
+	if s.checking {
+		s.head = wire.AppendCheckedHead(s.head[:0], h, wire.Command(first[0]), sum)
+	} else {
+		s.head = h.Append(s.head[:0])
+	}
+	s.head = append(s.head, first...)
 	if len(payload) <= maxCoalesced {
 		s.head = append(s.head, payload...)
 		_, err := s.w.Write(s.head)
@@ -118,7 +127,7 @@ func (s *sender) writePacket(dev, id uint32, first, payload []byte) error {
 	return err
 }
 
-// send writes one packet when its turn has come. An error ends the connection,
+// send writes one packet, of which first is few bytes, when its turn has come. An error ends the connection,
 // since nobody knows how much of the packet is out.
 func (p *ProtocolRW) send(pri Priority, dev, id uint32, first, payload []byte) error {
 	return p.sendMarked(pri, dev, id, first, payload, nil)
@@ -127,6 +136,12 @@ func (p *ProtocolRW) send(pri Priority, dev, id uint32, first, payload []byte) e
 // sendMarked sets mark, if there is one, when the packet's turn has come: what
 // sees it set and is sent goes out later.
 func (p *ProtocolRW) sendMarked(pri Priority, dev, id uint32, first, payload []byte, mark *atomic.Bool) error {
+	h := wire.Header{Dev: dev, ID: id, Length: uint32(len(first) + len(payload))}
+	var sum uint32
+	summed := p.sender.wanted.Load()
+	if summed { // now, since others can have the socket meanwhile
+		sum = wire.SumChecked(first, payload)
+	}
 	if !p.sender.acquire(pri) {
 		<-p.done
 		return p.err
@@ -134,7 +149,10 @@ func (p *ProtocolRW) sendMarked(pri Priority, dev, id uint32, first, payload []b
 	if mark != nil {
 		mark.Store(true)
 	}
-	err := p.sender.writePacket(dev, id, first, payload)
+	if p.sender.checking && !summed {
+		sum = wire.SumChecked(first, payload)
+	}
+	err := p.sender.writePacket(h, first, payload, sum)
 	p.sender.release()
 	if err != nil {
 		return p.writeFailed(err)

@@ -50,7 +50,9 @@ func (t *ToProtocol) SendDevInfo(name string, blockSize uint32, schema string) e
 
 // SendDevInfoExt announces the device with all that di holds; its size is the
 // device's, whatever di says. With an extension, a peer that knows it answers:
-// see PeerKnown.
+// see PeerKnown. A peer that takes checked packets, as we do from revision
+// wire.RevisionChecked on, refuses data that was sent before it had said anything:
+// it is to be sent again.
 func (t *ToProtocol) SendDevInfoExt(di *DevInfo) error {
 	if t.err != nil {
 		return t.err
@@ -63,6 +65,9 @@ func (t *ToProtocol) SendDevInfoExt(di *DevInfo) error {
 	}
 	if err := t.p.announce(t); err != nil {
 		return err
+	}
+	if takesChecked(&m) {
+		t.p.allow()
 	}
 	id := uint32(0)
 	if m.Extension == nil {

@@ -86,7 +86,7 @@ func (t *ToProtocol) roundTrip(ctx context.Context, command wire.Command, packet
 	if err != nil {
 		return err
 	}
-	sendErr := t.p.send(PriorityUrgent, t.dev, id, packet, nil)
+	sendErr := t.p.send(PriorityUrgent, t.dev, id, packet[:1], packet[1:])
 	if sendErr == nil {
 		select {
 		case err := <-w.answer:

@@ -29,7 +29,8 @@ const (
 	CommandDeviceGroupInfo  Command = 0x0d // later than 0.1.5: named, not taken
 	CommandReadByHash       Command = 0x0e // later than 0.1.5: named, not taken
 
-	CommandAlive Command = 0x7c // ours: I am there
+	CommandChecked Command = 0x7b // ours: another packet with checksums around it
+	CommandAlive   Command = 0x7c // ours: I am there
 
 	CommandReadAtResponse     Command = 0x81
 	CommandReadAtResponseErr  Command = 0x82
@@ -56,6 +57,7 @@ var commandNames = map[Command]string{
 	CommandAlternateSources:   "AlternateSources",
 	CommandDeviceGroupInfo:    "DeviceGroupInfo",
 	CommandReadByHash:         "ReadByHash",
+	CommandChecked:            "Checked",
 	CommandAlive:              "Alive",
 	CommandReadAtResponse:     "ReadAtResponse",
 	CommandReadAtResponseErr:  "ReadAtResponseErr",

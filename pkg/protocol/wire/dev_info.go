@@ -25,6 +25,7 @@ func (m *DevInfo) AppendBinary(b []byte) ([]byte, error) {
 	if len(m.Schema) > MaxSchema {
 		return b, fmt.Errorf("wire: DevInfo schema of %d bytes: %w", len(m.Schema), ErrTooLarge)
 	}
+	start := len(b)
 	b = append(b, byte(CommandDevInfo))
 	b = binary.LittleEndian.AppendUint64(b, m.Size)
 	b = binary.LittleEndian.AppendUint32(b, m.BlockSize)
@@ -35,12 +36,22 @@ func (m *DevInfo) AppendBinary(b []byte) ([]byte, error) {
 	if m.Extension == nil {
 		return b, nil
 	}
-	return m.Extension.append(b)
+	b, err := m.Extension.append(b)
+	if err == nil && m.Extension.Revision >= RevisionChecked {
+		b = appendChecksum(b, start)
+	}
+	return b, err
 }
 
 // UnmarshalBinary decodes a whole packet. Bytes behind the schema that are no
-// valid extension belong to somebody else and are ignored, as Silo does.
+// valid extension belong to somebody else and are ignored, as Silo does. What
+// was an extension with a checksum and was changed on the way is ErrChecksum: it
+// must not be taken for another disk, or for a plain peer's.
 func (m *DevInfo) UnmarshalBinary(b []byte) error {
+	is, matches := checksummed(b)
+	if is && !matches {
+		return &PacketError{Command: CommandDevInfo, Size: len(b), Err: ErrChecksum}
+	}
 	c := newCursor(b, CommandDevInfo)
 	*m = DevInfo{Size: c.u64(), BlockSize: c.u32()}
 	m.Name = string(c.bytes(int(c.u16())))
@@ -48,9 +59,16 @@ func (m *DevInfo) UnmarshalBinary(b []byte) error {
 	if c.err != nil || len(c.b) == 0 {
 		return c.done()
 	}
+	tail := c.b
+	if matches {
+		c.b = tail[:max(0, len(tail)-checksumField)]
+	}
 	ext := new(Extension)
 	if ext.read(&c); c.err == nil {
 		m.Extension = ext
+	}
+	if !matches && shouldBeChecksummed(tail) {
+		return &PacketError{Command: CommandDevInfo, Size: len(b), Err: ErrChecksum}
 	}
 	return nil
 }

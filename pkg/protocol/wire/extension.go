@@ -6,12 +6,15 @@ import (
 )
 
 // Revision is the revision of the extension that this package writes.
-const Revision = 2
+const Revision = 3
 
 // What a peer can do that says it has this revision or a later one.
 const (
 	RevisionAlive  = 2 // it sends Alive every few seconds, and takes it
 	RevisionReason = 2 // it takes a WriteAtResponseErr with a Reason
+	// RevisionChecked: it takes checked packets, and sends them to a peer that takes
+	// them. A DevInfo of it ends in a checksum.
+	RevisionChecked = 3
 )
 
 // The types of the extension's fields. Each is a u16 type, a u16 length and so
@@ -24,6 +27,8 @@ const (
 	fieldIdentity = 5 // 16 bytes UUID, u64 generation
 	fieldRefused  = 6 // text
 	lastField     = fieldRefused
+	// u32 CRC32C of the packet so far; behind all others and in DevInfo only
+	fieldChecksum = 0xffff
 )
 
 // Extension is what we say beyond Silo: fields behind the schema in DevInfo,
@@ -86,7 +91,7 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 		b = append(appendFieldHead(b, fieldRefused, len(e.Refused)), e.Refused...)
 	}
 	for _, f := range e.Unknown {
-		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= lastField {
+		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= lastField || f.Type == fieldChecksum {
 			return b, fmt.Errorf("wire: extension field %d of %d bytes: %w", f.Type, len(f.Value), ErrInvalid)
 		}
 		b = append(appendFieldHead(b, f.Type, len(f.Value)), f.Value...)
@@ -121,7 +126,7 @@ func (e *Extension) read(c *cursor) {
 		switch {
 		case c.err != nil:
 			return
-		case int(t) <= last || last == 0 && t != fieldRevision:
+		case int(t) <= last || last == 0 && t != fieldRevision || t == fieldChecksum:
 			c.fail(fmt.Errorf("%w: extension field %d out of order", ErrInvalid, t))
 			return
 		}
@@ -156,6 +161,31 @@ func (e *Extension) read(c *cursor) {
 	if c.err == nil && e.Revision == 0 {
 		c.fail(fmt.Errorf("%w: extension revision 0", ErrInvalid))
 	}
+}
+
+// checksumField is the number of bytes of a field with a checksum.
+const checksumField = 8
+
+// appendChecksum seals packet, which is the end of b.
+func appendChecksum(b []byte, packet int) []byte {
+	return appendField32(b, fieldChecksum, Checksum(0, b[packet:]))
+}
+
+// checksummed says whether packet ends in a field with a checksum, which no text
+// does, and whether it matches.
+func checksummed(packet []byte) (is, matches bool) {
+	n := len(packet) - checksumField
+	if n < 0 || [4]byte(packet[n:]) != [4]byte(appendFieldHead(nil, fieldChecksum, 4)) {
+		return false, false
+	}
+	return true, binary.LittleEndian.Uint32(packet[n+4:]) == Checksum(0, packet[:n])
+}
+
+// shouldBeChecksummed says whether tail begins as an extension that ends in a
+// checksum. With checksummed this finds damage at either of its ends.
+func shouldBeChecksummed(tail []byte) bool {
+	return len(tail) >= 8 && [4]byte(tail) == [4]byte(appendFieldHead(nil, fieldRevision, 4)) &&
+		binary.LittleEndian.Uint32(tail[4:]) >= RevisionChecked
 }
 
 // DevInfoResponse answers a DevInfo that carried an extension.

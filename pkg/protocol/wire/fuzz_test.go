@@ -81,3 +81,26 @@ func FuzzHeader(f *testing.F) {
 		}
 	})
 }
+
+func FuzzChecked(f *testing.F) {
+	f.Add(AppendChecked(nil, Header{Dev: 1, ID: 2, Length: 2}, []byte{7, 4}))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		var h Header
+		if len(in) < HeaderSize+CheckedHead+1 || h.UnmarshalBinary(in[:HeaderSize]) != nil {
+			return
+		}
+		inner, command, sum, err := OpenChecked(h, in[HeaderSize:])
+		if err != nil {
+			return // refusing is fine
+		}
+		packet := in[HeaderSize+CheckedHead:]
+		if int64(inner.Length) > int64(len(packet)) || Checksum(0, packet[:inner.Length]) != sum {
+			return
+		}
+		packet = packet[:inner.Length]
+		out := AppendChecked(nil, inner, packet)
+		if command != Command(packet[0]) || !bytes.HasPrefix(in, out) {
+			t.Fatalf("accepted %x, encodes as %x", in, out)
+		}
+	})
+}

@@ -134,7 +134,7 @@ func TestJunkBehindTheSchemaIsNoExtension(t *testing.T) {
 		err := new(DevInfoResponse).UnmarshalBinary(append([]byte{0xfd}, junk...))
 		require.Error(t, err, "in an answer, %s is an error", name)
 	}
-	for _, ext := range []Extension{{}, {Revision: 1, Unknown: []Field{{Type: 2}}}, {Revision: 1, Unknown: []Field{{Type: 9, Value: make([]byte, 1<<16)}}}} {
+	for _, ext := range []Extension{{}, {Revision: 1, Unknown: []Field{{Type: 2}}}, {Revision: 1, Unknown: []Field{{Type: 0xffff}}}, {Revision: 1, Unknown: []Field{{Type: 9, Value: make([]byte, 1<<16)}}}} {
 		_, err := (&DevInfoResponse{Extension: ext}).AppendBinary(nil)
 		require.ErrorIs(t, err, ErrInvalid)
 	}
@@ -147,4 +147,77 @@ func TestCommandsHaveNames(t *testing.T) {
 	require.Equal(t, "type 9", WriteType(9).String())
 	require.True(t, CommandDevInfoResponse.IsResponse())
 	require.False(t, CommandReadByHash.IsResponse())
+}
+
+// Of a DevInfo with a checksum no changed bit makes another disk, nor a plain
+// peer's; nor does a part of it that is missing.
+func TestChangedDevInfoIsRefused(t *testing.T) {
+	for _, m := range []DevInfo{
+		{Size: 1 << 20, BlockSize: 4096, Name: "d", Extension: &Extension{Revision: Revision}},
+		{Size: 1 << 20, BlockSize: 4096, Name: "disk", Schema: "size = 1", Extension: &Extension{
+			Revision: Revision, Live: true, Identity: Identity{UUID: [16]byte{1}, Generation: 2},
+			Unknown: []Field{{Type: 99, Value: []byte{1}}},
+		}},
+	} {
+		clean, err := m.AppendBinary([]byte("in front"))
+		require.NoError(t, err)
+		clean = clean[len("in front"):]
+		var got DevInfo
+		require.NoError(t, got.UnmarshalBinary(clean))
+		require.Equal(t, m, got)
+		for i := range 8 * len(clean) {
+			b := bytes.Clone(clean)
+			b[i/8] ^= 1 << (i % 8)
+			require.Error(t, got.UnmarshalBinary(b), "bit %d", i)
+		}
+		plain := m
+		plain.Extension = nil
+		without, err := plain.AppendBinary(nil)
+		require.NoError(t, err)
+		for n := len(without) + 8; n < len(clean); n++ {
+			require.ErrorIs(t, got.UnmarshalBinary(clean[:n]), ErrChecksum, "cut to %d", n)
+		}
+	}
+}
+
+// What a peer of an earlier revision sends needs no checksum.
+func TestEarlierRevisionsHaveNoChecksum(t *testing.T) {
+	for revision := range uint32(RevisionChecked) {
+		in := DevInfo{Size: 1, BlockSize: 1, Extension: &Extension{Revision: revision + 1}}
+		b, err := in.AppendBinary(nil)
+		require.NoError(t, err)
+		require.Len(t, b, 19+8+int(revision+1)/RevisionChecked*checksumField)
+		var out DevInfo
+		require.NoError(t, out.UnmarshalBinary(b))
+		require.Equal(t, in, out)
+	}
+}
+
+// Each changed bit of a checked packet's front is found before the packet is read.
+func TestChangedFrontOfACheckedPacketIsRefused(t *testing.T) {
+	clean := AppendChecked(nil, Header{Dev: 7, ID: 9, Length: 2}, []byte{7, 4})
+	require.Len(t, clean, HeaderSize+CheckedHead+2)
+	open := func(b []byte) (Header, Command, error) {
+		var h Header
+		require.NoError(t, h.UnmarshalBinary(b[:HeaderSize]))
+		h, c, _, err := OpenChecked(h, b[HeaderSize:])
+		return h, c, err
+	}
+	h, c, err := open(clean)
+	require.NoError(t, err)
+	require.Equal(t, Header{Dev: 7, ID: 9, Length: 2}, h)
+	require.Equal(t, CommandEvent, c)
+	for i := range 8 * (HeaderSize + CheckedHead + 1) {
+		if i/8 == HeaderSize {
+			continue // without its command it is no checked packet
+		}
+		b := bytes.Clone(clean)
+		b[i/8] ^= 1 << (i % 8)
+		_, _, err := open(b)
+		require.ErrorIs(t, err, ErrChecksum, "bit %d", i)
+	}
+	for bit := range 8 {
+		_, named := commandNames[CommandChecked^1<<bit]
+		require.False(t, named, "one bit makes it another command")
+	}
 }

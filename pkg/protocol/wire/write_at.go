@@ -142,6 +142,9 @@ const (
 	ReasonUnknown Reason = 0
 	// ReasonNoRoom says that there is no room for the data now, and may be later.
 	ReasonNoRoom Reason = 1
+	// ReasonDamaged says that the data was changed on the way, or had no checksum,
+	// and is wanted again.
+	ReasonDamaged Reason = 2
 )
 
 // WriteAtResponseErr says that a WriteAt was refused. Its reason is ours, for a
