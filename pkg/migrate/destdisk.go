@@ -28,6 +28,7 @@ type destDisk struct {
 	resumed  bool         // from an earlier process
 	heard    atomic.Bool  // the source knows that we are complete
 	received atomic.Int64 // bytes of content that came
+	damage   damage
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -159,6 +160,7 @@ func (d *destDisk) status() DiskStatus {
 		State:         StateWaiting,
 		BytesDone:     st.BytesLocal,
 		BytesReceived: d.received.Load(),
+		Damaged:       d.damage.count(),
 		BytesWritten:  min(d.geo.size, st.Written*d.geo.blockSize),
 		Waiting:       st.Waiting,
 		Connected:     d.attached > 0,
@@ -217,6 +219,9 @@ func (a *arrivals) ZeroAt(off, length int64, punch bool) error {
 	a.disk.take(off, length)
 	return nil
 }
+
+// HandleDamage hears of data that was changed on the way.
+func (a *arrivals) HandleDamage() { a.disk.damage.note(a.disk.log, a.disk.name) }
 
 // HandleEvent answers the source's events. Completed is held against the map:
 // if a block is missing, the migration is not complete, whatever the source

@@ -99,6 +99,7 @@ func (s *destSession) detach() {
 	s.arrivals = nil
 	s.mu.Unlock()
 	for _, a := range all {
+		a.disk.damage.noteEnd(a.disk.log, a.disk.name, s.proto.Err())
 		a.disk.detach(a.Stream)
 	}
 }

@@ -55,7 +55,11 @@ type DiskStatus struct {
 	BytesDone     int64
 	BytesSent     int64 // data that went out, as it was on the wire: a zero run counts a few bytes
 	BytesReceived int64 // disk content that came in, zero runs counted whole
-	BytesWritten  int64 // at a destination: what is local because it was written there
+	// Damaged is how many packets had bytes changed on the way, as their checksum
+	// told: data, which was sent again, or others, which cost the connection. Each
+	// side counts what it hears of.
+	Damaged      int64
+	BytesWritten int64 // at a destination: what is local because it was written there
 
 	Waiting    int           // reads that wait for a block
 	OldestWait time.Duration // how long the first of them has waited

@@ -42,7 +42,7 @@ type order struct {
 	asks, hints     fifo
 	scanAsked       bool               // an ask did not fit into asks
 	delayed         []delayedBlock     // in no order: there are few
-	attempts        map[int64]int      // how often a block that is not settled has failed
+	attempts        map[int64]int      // how often a block that is not settled has failed; 0: it was damaged on the way
 	unneeded        map[int64]struct{} // flying blocks that are not needed any more
 	room            room               // at the destination
 }
@@ -268,7 +268,7 @@ func (o *order) takeLocked(from, limit int64, onlyAsked bool) span {
 	}
 	if len(o.attempts) > 0 {
 		for b := from; b < to; b++ {
-			if o.attempts[b] > 0 {
+			if _, failed := o.attempts[b]; failed {
 				to = max(b, from+1)
 				break
 			}

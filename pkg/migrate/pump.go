@@ -73,9 +73,11 @@ type pump struct {
 	err      error         // why the disk cannot be moved; read only after failed
 }
 
-// counters are one disk's totals over all connections.
+// counters are what is kept of one disk over all connections.
 type counters struct {
-	sent atomic.Int64 // bytes of data packets
+	sent   atomic.Int64 // bytes of data packets
+	damage damage
+	ours   atomic.Bool // the other side is one of ours, not a plain Silo
 }
 
 func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func(), log *slog.Logger) *pump {
@@ -108,6 +110,7 @@ func (p *pump) upgradeLoop(ctx context.Context) error {
 		return nil
 	}
 	p.greeted()
+	p.counts.ours.Store(true)
 	bs := p.order.geo.blockSize
 	p.runBytes.Store(max(bs, min(int64(ext.MaxData), maxPacket)/bs*bs))
 	p.window.setMaxPackets(bulkPackets)
@@ -119,6 +122,9 @@ func (p *pump) upgradeLoop(ctx context.Context) error {
 
 // bulkLoop sends the background until ctx is done or the disk fails.
 func (p *pump) bulkLoop(ctx context.Context) error {
+	if err := p.awaitPeer(ctx); err != nil {
+		return err
+	}
 	r := p.newReader()
 	for {
 		delayed := p.order.release(time.Now())
@@ -427,6 +433,9 @@ func (f *flight) Complete(err error) {
 	case errors.Is(err, protocol.ErrNoRoom):
 		p.greeted()
 		p.order.noRoom(s, time.Now())
+	case errors.As(err, &refused) && refused.Damaged:
+		p.greeted()
+		p.again(s)
 	case errors.As(err, &refused):
 		p.greeted()
 		off, length := p.order.geo.bytes(s)

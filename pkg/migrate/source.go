@@ -126,6 +126,7 @@ func (d *sourceDisk) status() DiskStatus {
 		State:     StateWaiting,
 		BytesDone: max(0, d.geo.size-d.order.unsettled()*d.geo.blockSize),
 		BytesSent: d.counts.sent.Load(),
+		Damaged:   d.counts.damage.count(),
 		Connected: d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
 	}
 	if _, full := d.order.full(); full && d.connected {
@@ -208,6 +209,7 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 func (s *Source) move(ctx context.Context, d *sourceDisk, p protocol.Protocol, dev uint32, w *window, hello *greeting) error {
 	o := d.begin()
 	defer d.end()
+	defer func() { d.counts.damage.noteEnd(s.log, d.Name, p.Err()) }()
 	to := protocol.NewToProtocol(uint64(d.geo.size), dev, p)
 	to.HandleNeedAt(func(off, length int64) { hello.say(); o.ask(off, length) })
 	to.HandleDontNeedAt(func(off, length int64) { hello.say(); o.drop(off, length) })

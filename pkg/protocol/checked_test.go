@@ -305,6 +305,9 @@ func TestNoChangedBitIsApplied(t *testing.T) {
 
 	for at := range clean {
 		for bit := range 8 {
+			if raceEnabled && bit != at%8 {
+				continue // thousands of connections: the other test run makes them
+			}
 			in := slices.Clone(clean)
 			in[at] ^= 1 << bit
 			what := fmt.Sprintf("bit %d of byte %d", bit, at)
