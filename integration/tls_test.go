@@ -76,6 +76,9 @@ var tlsClients = []tlsClient{
 	{name: "nbdinfo", args: func(host, port, _ string) []string { // in plain text
 		return []string{"--size", "nbd://" + host + ":" + port + "/disk0"}
 	}},
+	{name: "nbdcopy", args: func(host, port, _ string) []string { // in plain text
+		return []string{"nbd://" + host + ":" + port + "/disk0", "null:"}
+	}},
 }
 
 // TestTLSWithRealClients moves a disk by TLS, and lets clients attach by TLS meanwhile: those with a certificate of the
