@@ -19,8 +19,9 @@ const (
 	// It is longer than a dead connection takes to be noticed at the other end,
 	// which may be busy with one.
 	greetTimeout = 20 * time.Second
-	// longSession is how long a connection has to last for the next failure to
-	// be the first in a row.
+	// goodSession is how long a connection has to last for the pauses to begin
+	// anew, and longSession for the next failure to be told at once.
+	goodSession = time.Second
 	longSession = 10 * time.Second
 )
 
@@ -69,8 +70,12 @@ func (s *sessions) run(ctx context.Context) error {
 		}
 		if greeted {
 			s.known = true
-			if time.Since(began) > longSession {
+			lasted := time.Since(began)
+			if lasted > goodSession {
 				retry.reset()
+				s.out.since = time.Time{}
+			}
+			if lasted > longSession {
 				s.out = outage{}
 			}
 		}

@@ -53,6 +53,30 @@ func TestReconnectingGoesOnAndSaysSo(t *testing.T) {
 	})
 }
 
+// A connection that works for a second and breaks is made again at once, each
+// time, and that is told once a minute.
+func TestConnectionThatBreaksOftenIsMadeAgainAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		n, begin := 0, time.Now()
+		loop := sessions{
+			log:     slog.New(slog.NewTextHandler(&log, nil)),
+			connect: func(context.Context) (io.ReadWriteCloser, error) { return nil, nil },
+			session: func(context.Context, io.ReadWriteCloser) (bool, error) {
+				if n++; n > 200 {
+					return true, nil
+				}
+				<-time.After(goodSession + time.Millisecond)
+				return true, io.EOF
+			},
+		}
+		require.NoError(t, loop.run(t.Context()))
+		require.Less(t, time.Since(begin), 200*(goodSession+firstBackoff+2*time.Millisecond))
+		require.Equal(t, 4, strings.Count(log.String(), "trying again"))
+		require.NotContains(t, log.String(), "for=1", "each time anew")
+	})
+}
+
 // Who listens says once a minute what it waits for, and for how long.
 func TestListenerSaysThatNobodyComes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
