@@ -59,6 +59,7 @@ type Device struct {
 	state  *state
 	claims claims
 	waits  waits
+	demand histogram // how long what waited for missing blocks has waited
 	flush  *flusher
 	saver  saver // touched by the holder of the flusher's turn only
 	mapped bool  // there was a map in Options

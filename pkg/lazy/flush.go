@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // flusher makes the flushes of the disk and its map one at a time, so that one
@@ -21,6 +22,8 @@ type flusher struct {
 	failed error  // the first failure; it is final
 
 	broken atomic.Bool // failed is set
+
+	took histogram // of every flush, with its wait for its turn
 }
 
 func newFlusher() *flusher { return &flusher{turn: make(chan struct{}, 1)} }
@@ -28,6 +31,8 @@ func newFlusher() *flusher { return &flusher{turn: make(chan struct{}, 1)} }
 // flush returns when every write that was answered before the call is on stable
 // storage, and the map says so. It does not look at whether the device is closed.
 func (f *flusher) flush(ctx context.Context, d *Device) error {
+	began := time.Now()
+	defer func() { f.took.observe(time.Since(began)) }()
 	f.mu.Lock()
 	need := f.begun + 1 // the next to begin covers all that was answered by now
 	f.mu.Unlock()

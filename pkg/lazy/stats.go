@@ -24,6 +24,9 @@ type Stats struct {
 	OldestWait time.Time // since when the longest has waited; zero if none does
 	WaitOff    int64     // its offset, in bytes
 
+	DemandReads Latency // of what waited for missing blocks and waits no more
+	Flushes     Latency // of flushes, the device's own too
+
 	Asked int64 // runs of blocks the sources were asked for with NeedAt
 
 	Attached      bool      // a source is attached
@@ -53,6 +56,7 @@ func (d *Device) Stats() Stats {
 		off, end := d.extent(last)
 		st.BytesLocal -= d.blockSize - (end - off)
 	}
+	st.DemandReads, st.Flushes = d.demand.latency(), d.flush.took.latency()
 	w := &d.waits
 	w.mu.Lock()
 	defer w.mu.Unlock()

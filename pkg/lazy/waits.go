@@ -99,7 +99,10 @@ func (d *Device) waitLive(ctx context.Context, off int64) error {
 func (d *Device) waitReadable(ctx context.Context, off, end int64) error {
 	w := &waiter{off: off}
 	d.waits.enlist(w)
-	defer d.waits.delist(w)
+	defer func() {
+		d.demand.observe(time.Since(w.since))
+		d.waits.delist(w)
+	}()
 	for {
 		here := d.waits.need(d, w, off, end)
 		if here == nil {

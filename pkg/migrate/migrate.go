@@ -54,6 +54,7 @@ type DiskStatus struct {
 	// source, what was acknowledged or is not needed.
 	BytesDone     int64
 	BytesSent     int64 // data that went out, as it was on the wire: a zero run counts a few bytes
+	BytesAsked    int64 // of BytesSent, what was asked for
 	BytesReceived int64 // disk content that came in, zero runs counted whole
 	// Damaged is how many packets had bytes changed on the way, as their checksum
 	// told: data, which was sent again, or others, which cost the connection. Each

@@ -76,6 +76,7 @@ type pump struct {
 // counters are what is kept of one disk over all connections.
 type counters struct {
 	sent   atomic.Int64 // bytes of data packets
+	asked  atomic.Int64 // of these, in packets that somebody waits for
 	damage damage
 	ours   atomic.Bool // the other side is one of ours, not a plain Silo
 }
@@ -343,6 +344,9 @@ func (p *pump) sendPacket(ctx context.Context, s span, data []byte, pri protocol
 	}
 	off, _ := p.order.geo.bytes(s)
 	p.counts.sent.Add(int64(len(data)))
+	if f.demand {
+		p.counts.asked.Add(int64(len(data)))
+	}
 	return f.sent(p.to.StartWrite(pri, data, off, f))
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -53,6 +54,7 @@ type Source struct {
 	log   *slog.Logger
 	disks []*sourceDisk
 	limit *throttle
+	path  atomic.Pointer[window] // of the present connection; nil: there is none
 
 	served bool // a destination has taken the disks; only Run's goroutine uses it
 }
@@ -123,11 +125,12 @@ func (d *sourceDisk) status() DiskStatus {
 	defer d.mu.Unlock()
 	st := DiskStatus{
 		Name: d.Name, Size: d.geo.size, BlockSize: d.geo.blockSize,
-		State:     StateWaiting,
-		BytesDone: max(0, d.geo.size-d.order.unsettled()*d.geo.blockSize),
-		BytesSent: d.counts.sent.Load(),
-		Damaged:   d.counts.damage.count(),
-		Connected: d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
+		State:      StateWaiting,
+		BytesDone:  max(0, d.geo.size-d.order.unsettled()*d.geo.blockSize),
+		BytesAsked: d.counts.asked.Load(), // before BytesSent, which is never less
+		BytesSent:  d.counts.sent.Load(),
+		Damaged:    d.counts.damage.count(),
+		Connected:  d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
 	}
 	if _, full := d.order.full(); full && d.connected {
 		st.Err = errNoRoom
@@ -187,6 +190,8 @@ func (s *Source) weigh(refused *protocol.RefusedError) error {
 func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *greeting) error {
 	group, ctx := errgroup.WithContext(ctx)
 	shared := newWindow(s.opts.BlockSize, plainBulkPackets)
+	s.path.Store(shared)
+	defer s.path.Store(nil)
 	for i, d := range s.disks {
 		group.Go(func() error {
 			err := s.move(ctx, d, p, firstDevice+uint32(i), shared, hello)

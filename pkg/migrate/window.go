@@ -180,6 +180,23 @@ func (w *window) packetLocked() int64 {
 	return max(int64(min(n, maxPacket))/w.blockSize*w.blockSize, w.blockSize)
 }
 
+// Path is what a Source has found out about the way to the destination.
+type Path struct {
+	InFlight, Window int64         // bytes of the background sent and not answered, and how many there may be
+	Rate             float64       // bytes a second, the best of late; 0: not known yet
+	RoundTrip        time.Duration // of a packet of the background, the least of late; 0: not known yet
+}
+
+// Path says what is known of the present connection; ok is false without one.
+func (s *Source) Path() (p Path, ok bool) {
+	w := s.path.Load()
+	if w == nil {
+		return Path{}, false
+	}
+	st := w.stats()
+	return Path{InFlight: st.inFlight, Window: st.limit, Rate: st.rate, RoundTrip: st.minRTT}, true
+}
+
 // windowStats is what the window has found out about the path.
 type windowStats struct {
 	inFlight, limit int64         // bytes
