@@ -13,11 +13,12 @@ type destFlags struct {
 	maps      []string
 	dir       string
 	overwrite bool
-	nbd       addrFlag
+	nbd       nbdFlag
 	readOnly  bool
 	stall     stallFlag
 	exit      bool
 	command   string
+	operate   operateFlags
 	format    logFormat
 }
 
@@ -60,12 +61,13 @@ before all is complete, since the disk would be of no use.`,
 	flags.StringArrayVar(&f.maps, "map", nil, "the map of a disk lies here, as `[NAME=]PATH`; may be given again (default: beside the disk; a block device has none)")
 	flags.StringVar(&f.dir, "dir", "", "receive every disk that the source sends, as `DIR`/NAME.raw")
 	flags.BoolVar(&f.overwrite, "overwrite", false, "begin anew: replace what a disk that exists already holds, and forget its map")
-	flags.Var(&f.nbd, "nbd", "serve NBD here: host:port or unix:///path")
+	flags.Var(&f.nbd, "nbd", "serve NBD here: host:port, unix:///path, or systemd[:NAME] for the socket that systemd has opened")
 	flags.BoolVar(&f.readOnly, "read-only", false, "let NBD clients read only")
 	flags.Var(&f.stall, "stall", "what becomes of a client's read that waits for the source: it waits on, or fails with EIO after DURATION")
 	flags.BoolVar(&f.exit, "exit-when-complete", false, "end when all is complete and the last client has gone")
 	flags.StringVar(&f.command, "run", "", "run `COMMAND` by /bin/sh with $uri, and end when it has ended and all is complete")
 	f.wire.add(cmd)
+	f.operate.add(cmd)
 	f.format.add(cmd)
 	return cmd
 }
@@ -93,5 +95,8 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 	if err := f.wire.check(); err != nil {
 		return nil, err
 	}
-	return specs, f.wire.checkListener("--nbd", f.nbd)
+	if err := f.operate.check(&f.wire); err != nil {
+		return nil, err
+	}
+	return specs, f.wire.checkListener("--nbd", f.nbd.addrFlag)
 }

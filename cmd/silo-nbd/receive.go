@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"sync"
 	"time"
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
@@ -26,6 +29,9 @@ type receiver struct {
 	dest    *migrate.Destination
 	left    chan struct{} // a client has left; capacity 1
 
+	listener net.Listener
+	drained  chan struct{} // closed by drain
+
 	secure, readOnly bool // NBD is TLS; clients only read
 	overwrite        bool // the same command again would begin anew
 
@@ -34,7 +40,8 @@ type receiver struct {
 
 	mu sync.Mutex
 	// Guarded by mu:
-	uris    []exportURI         // in the order in which they became ready
+	uris    []exportURI // in the order in which they became ready
+	devices map[string]*lazy.Device
 	forgets bool                // a disk has no map
 	givenUp map[string]*givenUp // by export: reads that failed by --stall and were not told of yet
 }
@@ -53,13 +60,14 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		return err
 	}
 	defer func() { err = errors.Join(err, set.Close()) }()
-	ln, err := f.nbd.Listen(ctx)
+	ln, err := f.nbd.listen(ctx, &f.wire)
 	if err != nil {
 		return err
 	}
 	r := &receiver{
 		console: c, set: set, nbd: addr.Of(ln.Addr()), secure: certs != nil, readOnly: f.readOnly, overwrite: f.overwrite,
-		left: make(chan struct{}, 1), ready: make(chan struct{}),
+		left: make(chan struct{}, 1), ready: make(chan struct{}), drained: make(chan struct{}), listener: ln,
+		devices: make(map[string]*lazy.Device),
 	}
 	if certs != nil {
 		r.nbd = f.nbd.Named(r.nbd)
@@ -80,19 +88,35 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		return errors.Join(err, ln.Close())
 	}
 	defer ends.Close() // nothing is under way any more
+	op, err := f.operate.start(ctx, control.Options{
+		Role: control.RoleDest, Disks: samples(r.dest.Status), NBD: r.clients, Drain: r.drain,
+	}, metrics.Sight{Disks: r.dest.Status, Devices: r.stats, NBD: r.clients}, certs, c)
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	defer func() { err = errors.Join(err, op.Close()) }()
 	stopShowing := c.show(r.dest.Status)
 	defer stopShowing()
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	r.loops.Go(func() {
-		if err := r.server.Serve(ln); !errors.Is(err, nbdexport.ErrServerClosed) {
+		if err := r.server.Serve(ln); !errors.Is(err, nbdexport.ErrServerClosed) && !r.draining() {
 			fail(&serveError{err})
+		}
+	})
+	r.loops.Go(func() {
+		select {
+		case <-r.ready:
+			op.ready()
+		case <-ctx.Done():
 		}
 	})
 	if err = r.resume(); err == nil {
 		err = r.live(ctx, f, ends.Next)
 	}
+	fail(nil)
+	op.stopping()
 	err = errors.Join(err, r.shutdown())
 	r.loops.Wait()
 	return err
@@ -143,7 +167,8 @@ func (r *receiver) export(name string, dev *lazy.Device) error {
 	}
 	r.mu.Lock()
 	r.uris = append(r.uris, e)
-	all := len(r.uris) == r.set.Expected()
+	r.devices[name] = dev
+	all := len(r.uris) == max(1, r.set.Expected()) // with --dir the first is all that is certain
 	r.mu.Unlock()
 	err := r.console.result("ready %s %s", e.name, e.uri)
 	if all {
@@ -228,7 +253,10 @@ func (r *receiver) serveOn(ctx context.Context, exit bool, ran func() error) err
 	case ran != nil:
 		exitCode = ran()
 	case !exit:
-		<-ctx.Done()
+		select {
+		case <-r.drained:
+		case <-ctx.Done():
+		}
 	}
 	for ctx.Err() == nil && r.server.Connections() > 0 {
 		select {

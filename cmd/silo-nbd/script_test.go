@@ -23,7 +23,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"silo-nbd": main, "pid": execPid})
+	testscript.Main(m, map[string]func(){"silo-nbd": main, "pid": execPid, "activate": execActivate})
 }
 
 // TestScripts runs testdata/*.txtar, one behaviour each, as a user would see it.
@@ -47,7 +47,9 @@ func TestScripts(t *testing.T) {
 			"await":  cmdAwait,
 			"loop":   cmdLoop,
 
-			"sigterm": cmdSigterm,
+			"sigterm":  cmdSigterm,
+			"notified": cmdNotified,
+			"scrape":   cmdScrape,
 		},
 	})
 }

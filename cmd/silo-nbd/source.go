@@ -7,8 +7,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
+	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -21,6 +23,7 @@ type sourceFlags struct {
 	states    []string
 	blockSize units.Size
 	rate      units.Size
+	operate   operateFlags
 	format    logFormat
 }
 
@@ -47,6 +50,7 @@ not needed any more. A connection that breaks is made again without limit.`,
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
 	f.wire.add(cmd)
+	f.operate.add(cmd)
 	f.format.add(cmd)
 	return cmd
 }
@@ -69,7 +73,10 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 	if len(f.wire.allow) > 0 && f.wire.listen.IsZero() {
 		return nil, usagef("--tls-allow: it is for those who connect to us, and with --connect nobody does")
 	}
-	return specs, f.wire.check()
+	if err := f.wire.check(); err != nil {
+		return nil, err
+	}
+	return specs, f.operate.check(&f.wire)
 }
 
 // run sends the disks.
@@ -102,9 +109,18 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	defer ends.Close() // nothing is under way any more
+	op, err := f.operate.start(ctx, f.control(source), metrics.Sight{
+		Disks: source.Status, Path: source.Path, Pace: source,
+	}, certs, c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, op.Close()) }()
 	defer c.show(source.Status)()
 
+	op.ready()
 	err = source.Run(ctx, ends.Next)
+	op.stopping()
 	if err == nil || ctx.Err() == nil {
 		return err
 	}
@@ -133,4 +149,12 @@ func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Ident
 			"disk", file.Path(), "error", err)
 	}
 	return id, nil
+}
+
+// control says what can be seen of source, and done to it.
+func (f *sourceFlags) control(source *migrate.Source) control.Options {
+	return control.Options{
+		Role: control.RoleSource, Disks: samples(source.Status), Pace: source,
+		Drain: func() {}, // it ends by itself when all is complete
+	}
 }

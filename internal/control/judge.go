@@ -27,7 +27,7 @@ type Monitor struct {
 }
 
 // meters are those of one disk.
-type meters struct{ done, sent, written progress.Meter }
+type meters struct{ done, sent progress.Meter }
 
 // NewMonitor returns a Monitor that has measured nothing yet.
 func NewMonitor(opts Options) *Monitor {
@@ -59,9 +59,6 @@ func (m *Monitor) measure() {
 		}
 		k.done.Add(now, s.BytesDone)
 		k.sent.Add(now, s.BytesSent)
-		if s.Live != nil {
-			k.written.Add(now, s.Live.Written)
-		}
 	}
 }
 
@@ -111,16 +108,15 @@ type reading struct {
 	role   string
 	paused bool
 
-	known               bool  // the rates are
-	done, sent, written int64 // bytes a second
-	left                time.Duration
-	ends                bool // left is known
+	known      bool  // the rates are
+	done, sent int64 // bytes a second
+	left       time.Duration
+	ends       bool // left is known
 }
 
 func (r *reading) take(k *meters) {
 	r.done, r.known = k.done.Rate()
 	r.sent, _ = k.sent.Rate()
-	r.written, _ = k.written.Rate()
 	r.left, r.ends = k.done.ETA(r.Size)
 	r.ends = r.ends && r.known
 }
@@ -142,12 +138,16 @@ func (r *reading) judge() (state, detail string) {
 		return StateWaitingForDest, ""
 	case r.missing() == 0 && r.precopy():
 		return StateReady, ""
+	case r.missing() == 0 && r.DiskStatus.State == standby:
+		return StateStandby, ""
 	case r.missing() == 0:
 		return StateFinishing, ""
 	case r.paused:
 		return StatePaused, ""
 	case r.precopy():
 		return r.judgeLive()
+	case r.DiskStatus.State == standby:
+		return StateStandby, ""
 	case !r.known:
 		return StateStarting, ""
 	case !r.ends:
@@ -158,7 +158,7 @@ func (r *reading) judge() (state, detail string) {
 
 // judgeLive is judge for a disk that is written meanwhile.
 func (r *reading) judgeLive() (state, detail string) {
-	speeds := fmt.Sprintf("writes %s/s, link %s/s", units.Human(r.written), units.Human(r.sent))
+	speeds := fmt.Sprintf("writes %s/s, link %s/s", units.Human(r.Live.WriteRate), units.Human(r.Live.LinkRate))
 	switch {
 	case r.Live.Pass <= 1 && r.known && r.sent < 1:
 		return StateStalled, ""
@@ -166,7 +166,7 @@ func (r *reading) judgeLive() (state, detail string) {
 		return StateFirstPass, ""
 	case !r.known:
 		return StateStarting, ""
-	case float64(r.missing()) < float64(r.sent)*readyTime.Seconds():
+	case float64(r.missing()) < float64(r.Live.LinkRate)*readyTime.Seconds():
 		return StateReady, ""
 	case r.done > 0:
 		return StateConverging, speeds
@@ -180,23 +180,20 @@ func (r *reading) disk() Disk {
 		Percent: progress.Row{Size: r.Size, Done: r.BytesDone, Complete: r.DiskStatus.State == migrate.StateComplete}.Percent(),
 		Sent:    r.BytesSent, Received: r.BytesReceived, Written: r.BytesWritten,
 		WaitingReads: r.Waiting, OldestWait: r.OldestWait.Seconds(),
-		Connected: r.Connected, Reconnects: r.Reconnects,
+		Connected: r.Connected, Reconnects: r.Reconnects, Damaged: r.Damaged,
 	}
 	d.State, d.Detail = r.judge()
 	if r.Err != nil {
 		d.Error = r.Err.Error()
 	}
 	if r.Live != nil {
-		d.Live = &LiveDisk{Pass: r.Live.Pass, HandedOff: r.Live.HandedOff}
+		d.Live = &LiveDisk{Pass: r.Live.Pass, HandedOff: r.Live.HandedOff, WriteRate: r.Live.WriteRate, LinkRate: r.Live.LinkRate}
 	}
 	if !r.known || d.State == StateComplete {
 		return d
 	}
 	d.Rate = &r.done
-	if r.Live != nil {
-		d.Live.WriteRate, d.Live.LinkRate = &r.written, &r.sent
-	}
-	if moves := d.State == StateCopying || d.State == StateFirstPass || d.State == StateConverging; moves && r.ends {
+	if moves := d.State == StateCopying || d.State == StateStandby || d.State == StateFirstPass || d.State == StateConverging; moves && r.ends {
 		left := r.left.Round(time.Second).Seconds()
 		d.ETA = &left
 	}

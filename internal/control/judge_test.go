@@ -23,7 +23,9 @@ func TestStatesAreHonest(t *testing.T) {
 			Name: "vm", Size: 1000 * mib, BytesDone: done, Connected: true, State: migrate.StateMigrating,
 		}, Live: live}
 	}
-	pass := func(n int) *Live { return &Live{Pass: n} }
+	pass := func(n int, writes int64) *Live { return &Live{Pass: n, WriteRate: writes, LinkRate: 180 * mib} }
+	waits := moving(500*mib, nil)
+	waits.DiskStatus.State = standby
 	for name, c := range map[string]struct {
 		r             reading
 		state, detail string
@@ -36,18 +38,19 @@ func TestStatesAreHonest(t *testing.T) {
 		"paused":         {reading{Sample: moving(10*mib, nil), known: true, paused: true}, StatePaused, ""},
 		"to confirm":     {reading{Sample: moving(1000*mib, nil), known: true, paused: true}, StateFinishing, ""},
 		"complete":       {reading{Sample: Sample{DiskStatus: migrate.DiskStatus{State: migrate.StateComplete}}}, StateComplete, ""},
-		"first pass":     {reading{Sample: moving(10*mib, pass(1)), known: true, sent: mib, done: -mib}, StateFirstPass, ""},
-		"first, stalled": {reading{Sample: moving(10*mib, pass(1)), known: true}, StateStalled, ""},
+		"first pass":     {reading{Sample: moving(10*mib, pass(1, 0)), known: true, sent: mib, done: -mib}, StateFirstPass, ""},
+		"first, stalled": {reading{Sample: moving(10*mib, pass(1, 0)), known: true}, StateStalled, ""},
 		"converging": {
-			reading{Sample: moving(10*mib, pass(2)), known: true, done: 1, sent: 180 * mib, written: 170 * mib},
+			reading{Sample: moving(10*mib, pass(2, 170*mib)), known: true, done: 1},
 			StateConverging, "writes 170 MiB/s, link 180 MiB/s",
 		},
 		"not converging": {
-			reading{Sample: moving(10*mib, pass(2)), known: true, done: -1, sent: 180 * mib, written: 210 * mib},
+			reading{Sample: moving(10*mib, pass(2, 210*mib)), known: true, done: -1},
 			StateNotConverging, "writes 210 MiB/s, link 180 MiB/s",
 		},
-		"a steady few": {reading{Sample: moving(900*mib, pass(3)), known: true, sent: 180 * mib, written: 90 * mib}, StateReady, ""},
-		"none missing": {reading{Sample: moving(1000*mib, pass(2)), known: true, sent: 1, done: 1}, StateReady, ""},
+		"a steady few": {reading{Sample: moving(900*mib, pass(3, 90*mib)), known: true}, StateReady, ""},
+		"none missing": {reading{Sample: moving(1000*mib, pass(2, 1)), known: true, sent: 1, done: 1}, StateReady, ""},
+		"standby":      {reading{Sample: waits, role: RoleDest, known: true}, StateStandby, ""},
 		"handed off":   {reading{Sample: moving(900*mib, &Live{Pass: 2, HandedOff: true}), known: true, ends: true, done: 1}, StateCopying, ""},
 	} {
 		state, detail := c.r.judge()
@@ -55,7 +58,7 @@ func TestStatesAreHonest(t *testing.T) {
 		require.Equal(t, c.detail, detail, name)
 		d := c.r.disk()
 		require.Equal(t, c.state == StateComplete, d.Percent == 100, name)
-		if state != StateCopying && state != StateFirstPass && state != StateConverging {
+		if state != StateCopying && state != StateStandby && state != StateFirstPass && state != StateConverging {
 			require.Nil(t, d.ETA, name)
 		}
 		require.Equal(t, c.r.known && state != StateComplete, d.Rate != nil, name)
@@ -76,7 +79,7 @@ func TestMonitorMeasures(t *testing.T) {
 				}},
 				{DiskStatus: migrate.DiskStatus{
 					Name: "live", Size: 1000 * mib, BytesDone: (500 - at()) * mib, BytesSent: at() * 2 * mib, Connected: true, State: migrate.StateMigrating,
-				}, Live: &Live{Pass: 3, Written: at() * 3 * mib}},
+				}, Live: &Live{Pass: 3, WriteRate: 3 * mib, LinkRate: 2 * mib}},
 			}
 		}})
 		ctx, stop := context.WithCancel(t.Context())
@@ -103,8 +106,8 @@ func TestMonitorMeasures(t *testing.T) {
 		require.Equal(t, StateNotConverging, live.State)
 		require.Equal(t, "writes 3.00 MiB/s, link 2.00 MiB/s", live.Detail)
 		require.EqualValues(t, -mib, *live.Rate)
-		require.EqualValues(t, 3*mib, *live.Live.WriteRate)
-		require.EqualValues(t, 2*mib, *live.Live.LinkRate)
+		require.EqualValues(t, 3*mib, live.Live.WriteRate)
+		require.EqualValues(t, 2*mib, live.Live.LinkRate)
 		require.Nil(t, live.ETA)
 		stop()
 		<-ended

@@ -25,6 +25,7 @@ const (
 	StateConverging       = "converging"              // of a live disk: what is missing gets less
 	StateNotConverging    = "not converging"          // of a live disk: it does not; Disk.Detail says why
 	StateReady            = "ready for handoff"       // of a live disk: what is missing takes less than readyTime
+	StateStandby          = "waiting for handoff"     // of a dest: blocks come, and the disk is still in use at the source
 	StatePaused           = "paused"                  // by pause; what is asked for is sent
 	StateStalled          = "stalled"                 // connected, and yet nothing moves
 	StateFinishing        = "finishing"               // nothing is missing; it has to be confirmed
@@ -78,15 +79,16 @@ type Disk struct {
 	OldestWait   float64 `json:"oldest_wait_seconds"`
 	Connected    bool    `json:"connected"`
 	Reconnects   int     `json:"reconnects"`
+	Damaged      int64   `json:"damaged"`         // packets that arrived damaged and were sent again
 	Error        string  `json:"error,omitempty"` // the last thing that went wrong with this disk
 }
 
 // LiveDisk is what is special about a disk that is in use at the source.
 type LiveDisk struct {
-	Pass      int    `json:"pass"`                 // from 1
-	HandedOff bool   `json:"handed_off"`           // it is the destination's
-	WriteRate *int64 `json:"write_rate,omitempty"` // what its clients write, bytes a second
-	LinkRate  *int64 `json:"link_rate,omitempty"`  // what goes out, bytes a second
+	Pass      int   `json:"pass"`       // from 1
+	HandedOff bool  `json:"handed_off"` // it is the destination's
+	WriteRate int64 `json:"write_rate"` // what its clients write, bytes a second
+	LinkRate  int64 `json:"link_rate"`  // what the path takes, bytes a second; 0 while it is not known
 }
 
 // Sample is a disk as it is now.
@@ -98,7 +100,8 @@ type Sample struct {
 // Live is what there is to know of a disk that is in use at the source.
 type Live struct {
 	Pass      int   // from 1
-	Written   int64 // bytes that its clients have written so far, in all
+	WriteRate int64 // what its clients write, in bytes a second
+	LinkRate  int64 // what the path to the destination takes, in bytes a second
 	HandedOff bool  // from here on it only becomes less
 }
 
@@ -114,7 +117,7 @@ type Pacer interface {
 // Handoffer hands live disks over.
 type Handoffer interface {
 	// Handoff returns when the destination has the disks, or why it has not. When
-	// ctx ends, only the waiting does.
+	// ctx ends it may be given up.
 	Handoff(ctx context.Context) error
 	// AbortHandoff ends a handoff that has not gone too far.
 	AbortHandoff() error
@@ -131,6 +134,9 @@ type Options struct {
 	NBD   func() NBD // nil: nothing is served
 	Drain func()     // lets the process end once it has finished; nil: that is not known here
 }
+
+// standby is what migrate calls a disk of a dest that is not its own yet.
+const standby = "standby"
 
 // readyTime is how long what is missing of a live disk may take to send for the
 // disk to be called ready.
