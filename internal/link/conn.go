@@ -150,6 +150,7 @@ func (f *flow) deliverLoop(ctx context.Context) {
 			f.endOfStream()
 			continue
 		}
+		f.dir.noise.pass(p.bytes)
 		if _, err := f.dst.Write(p.bytes); err != nil {
 			f.conn.cut()
 			return

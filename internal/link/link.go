@@ -47,6 +47,7 @@ type Link struct {
 type direction struct {
 	bucket bucket
 	bytes  atomic.Int64 // delivered
+	noise  noise
 }
 
 // Listen starts a link. The context bounds only the start; Close ends the link.
