@@ -45,7 +45,14 @@ func (p *ProtocolRW) seeLocked(dev uint32, d *device) {
 	}
 	d.seen = true
 	if p.newDevice != nil && !p.ended {
-		p.wg.Go(func() { p.newDevice(p, dev) })
+		p.drainer.announcing++
+		p.wg.Go(func() {
+			p.newDevice(p, dev)
+			p.mu.Lock()
+			p.drainer.announcing--
+			p.mu.Unlock()
+			p.stir()
+		})
 	}
 }
 

@@ -35,7 +35,6 @@ type incoming struct {
 
 	mu   sync.Mutex
 	work sync.Cond // there is something to do, or the end
-	rest sync.Cond // nothing is left to do, or the end
 	// Guarded by mu:
 	info       *wire.DevInfo // when the store is there only what forgetInfo leaves of it
 	infoCharge int64         // bytes of the budget that info holds
@@ -53,7 +52,7 @@ type incoming struct {
 
 func newIncoming(p *ProtocolRW, dev uint32) *incoming {
 	in := &incoming{p: p, dev: dev}
-	in.work.L, in.rest.L = &in.mu, &in.mu
+	in.work.L = &in.mu
 	return in
 }
 
@@ -153,6 +152,7 @@ func (in *incoming) openLoop() {
 	in.mu.Lock()
 	in.opened = true
 	in.mu.Unlock()
+	in.p.stir()
 	for range in.p.opts.Workers - 1 {
 		in.p.start(in.workLoop)
 	}
@@ -193,6 +193,7 @@ func (in *incoming) next() (job, bool) {
 }
 
 func (in *incoming) finished(j *job) {
+	defer in.p.stir() // when it shows
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.running--
@@ -200,22 +201,8 @@ func (in *incoming) finished(j *job) {
 		in.alone = false
 		in.work.Broadcast()
 	}
-	switch {
-	case in.running > 0:
-	case in.jobs.n == 0:
-		in.rest.Broadcast()
-	default: // a barrier may have waited for the reader, which does not take it
+	if in.running == 0 && in.jobs.n > 0 { // a barrier may have waited for the reader, which does not take it
 		in.work.Signal()
-	}
-}
-
-// drain waits until what has come was taken to the store, if there is or will
-// be one, or for the end.
-func (in *incoming) drain() {
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	for !in.closed && in.factory != nil && in.running+in.jobs.n > 0 {
-		in.rest.Wait()
 	}
 }
 
@@ -291,5 +278,4 @@ func (in *incoming) close() {
 	in.p.budget.release(&in.account, in.infoCharge)
 	in.infoCharge = 0
 	in.work.Broadcast()
-	in.rest.Broadcast()
 }

@@ -1,7 +1,6 @@
 package protocol
 
 import (
-	"fmt"
 	"sync"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
@@ -92,17 +91,13 @@ func (o *outbox) write(b []byte) bool {
 	if o.p.sender.checking {
 		b = o.p.sender.wrap(b)
 	}
-	_, err := o.p.sender.w.Write(b)
+	var err error
+	if !o.p.sender.deaf.Load() {
+		_, err = o.p.sender.w.Write(b)
+	}
 	o.p.sender.release()
 	if err != nil {
-		_ = o.p.writeFailed(err) // ends the connection, which tells everybody
+		err = o.p.writeFailed(err) // ends the connection, which tells everybody
 	}
 	return err == nil
-}
-
-// writeFailed ends the connection and returns why it ended.
-func (p *ProtocolRW) writeFailed(err error) error {
-	p.end(fmt.Errorf("write: %w", err))
-	<-p.done
-	return p.err
 }

@@ -90,11 +90,12 @@ type ProtocolRW struct {
 
 	waiters sync.Pool // of *waiter; not shared by connections, as channels belong to a synctest bubble
 
-	calls  calls  // our requests that wait for an answer
-	sender sender // who may write to w, and when
-	outbox outbox // small packets on their way to sender
-	budget budget // memory for received data
-	check  checking
+	calls   calls  // our requests that wait for an answer
+	sender  sender // who may write to w, and when
+	outbox  outbox // small packets on their way to sender
+	budget  budget // memory for received data
+	check   checking
+	drainer drainer // the work after the peer has hung up
 
 	life    lifeline
 	done    chan struct{} // closed by end after err is set
@@ -121,7 +122,7 @@ type ProtocolRW struct {
 // NewProtocolRW makes a connection of a reader and a writer, which may be the
 // same. When a device is seen for the first time, by a packet that is sent or
 // received, newDevice is called once for it on a goroutine of its own; it may
-// be nil, and may send. The connection ends with Close, with ctx, or with an
+// be nil, may send, and should not take long. The connection ends with Close, with ctx, or with an
 // error; then r and w are closed if they can be. A connection on which nothing
 // can be closed only ends when its read does.
 func NewProtocolRW(ctx context.Context, r io.Reader, w io.Writer, newDevice func(p Protocol, dev uint32), opts ...Options) *ProtocolRW {
@@ -141,6 +142,7 @@ func NewProtocolRW(ctx context.Context, r io.Reader, w io.Writer, newDevice func
 	p.life.r, p.life.gone = r, func() { p.end(ErrSilent) }
 	p.br = bufio.NewReaderSize(&p.life, readBuffer)
 	p.turn.ended = make(chan error, 1)
+	p.drainer.moved = make(chan struct{}, 1)
 	p.sender.init(w)
 	p.outbox.init(p)
 	p.budget.init(p.opts.Memory)
@@ -155,8 +157,8 @@ func (p *ProtocolRW) connection() *ProtocolRW { return p }
 
 // Handle reads until the connection ends and returns why, never nil. It is run
 // once, on a goroutine of the caller. A peer that closed the connection between
-// two packets is io.EOF, after what it sent has been taken to the stores; Close
-// is ErrClosed.
+// two packets is io.EOF, after its devices were opened and what it sent has been
+// taken to the stores, as long as there is progress; Close is ErrClosed.
 func (p *ProtocolRW) Handle() error {
 	p.mu.Lock()
 	if p.handled {
@@ -180,28 +182,13 @@ func (p *ProtocolRW) Handle() error {
 	select {
 	case err := <-p.turn.ended:
 		if errors.Is(err, io.EOF) {
-			p.drain() // a peer that hangs up has said what it had to say
+			p.drain()
 		}
 		p.end(err)
 	case <-p.done: // perhaps nobody reads any more
 	}
 	<-p.done
 	return p.err
-}
-
-// drain waits until what was received is in the stores, or for the end.
-func (p *ProtocolRW) drain() {
-	p.mu.Lock()
-	var all []*incoming
-	for _, d := range p.devices {
-		if d.in != nil {
-			all = append(all, d.in)
-		}
-	}
-	p.mu.Unlock()
-	for _, in := range all {
-		in.drain()
-	}
 }
 
 // Close ends the connection, wakes everybody who waits for it and returns when
@@ -279,6 +266,9 @@ func (p *ProtocolRW) end(err error) {
 			devices = append(devices, d)
 		}
 		stop := p.stopCtx
+		if p.drainer.late != nil {
+			p.drainer.late.Stop()
+		}
 		p.mu.Unlock()
 		close(p.done)
 		if stop != nil {

@@ -66,6 +66,7 @@ func (in *incoming) tellRefusal() {
 		in.drop(&j)
 	}
 	in.mu.Unlock()
+	in.p.stir()
 	if in.answerInfo(wire.Extension{Revision: wire.Revision, Refused: in.refusal}) != nil {
 		return // the connection has ended and has its reason
 	}

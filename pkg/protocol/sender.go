@@ -26,6 +26,7 @@ const (
 type sender struct {
 	w      io.Writer
 	wanted atomic.Bool // the peer takes checked packets
+	deaf   atomic.Bool // nobody listens: what would be written is let go
 
 	mu     sync.Mutex
 	urgent sync.Cond
@@ -152,7 +153,10 @@ func (p *ProtocolRW) sendMarked(pri Priority, dev, id uint32, first, payload []b
 	if p.sender.checking && !summed {
 		sum = wire.SumChecked(first, payload)
 	}
-	err := p.sender.writePacket(h, first, payload, sum)
+	var err error
+	if !p.sender.deaf.Load() {
+		err = p.sender.writePacket(h, first, payload, sum)
+	}
 	p.sender.release()
 	if err != nil {
 		return p.writeFailed(err)
