@@ -81,3 +81,8 @@ func wordMask(from, to int64) (mask uint64, next int64) {
 	}
 	return mask, next
 }
+
+// clone returns a copy.
+func (b bitmap) clone() bitmap {
+	return bitmap{words: append([]uint64(nil), b.words...), n: b.n}
+}

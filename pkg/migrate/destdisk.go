@@ -16,12 +16,12 @@ import (
 
 // destDisk is one disk of a Destination, over all connections.
 type destDisk struct {
-	name  string
-	geo   geometry
-	id    Identity
-	store DestinationDisk
-	dev   *lazy.Device
-	log   *slog.Logger
+	name   string
+	geo    geometry
+	store  DestinationDisk
+	dev    *lazy.Device
+	device Device // which device this is; no other one has it
+	log    *slog.Logger
 
 	complete atomic.Bool
 	plain    bool         // the source is a plain Silo one
@@ -32,6 +32,7 @@ type destDisk struct {
 
 	mu sync.Mutex
 	// Guarded by mu:
+	id       Identity
 	attached int   // connections that feed it: 0 or 1
 	sessions int   // connections so far
 	refused  span  // the first blocks that came and were not taken, and have not come again since
@@ -51,9 +52,12 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 	}
 	d := &destDisk{
 		name: cmp.Or(opened.Name, a.Name), geo: geo, id: a.Identity, store: opened, plain: plain, log: log,
+		device: deviceOf(opened),
 	}
 	d.dev, err = lazy.New(store, lazy.Options{
 		BlockSize: geo.blockSize,
+		// Until the source says that nobody writes its disk any more; a map may know.
+		Standby:   !plain,
 		KnownZero: opened.KnownZero,
 		// A plain Silo source goes on writing, and takes blocks back.
 		Revocable: plain,
@@ -63,28 +67,8 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	if err := d.dev.GoLive(); err != nil { // a frozen source has handed over
-		return nil, errors.Join(err, d.dev.Close())
-	}
 	d.complete.Store(d.dev.Stats().Complete)
 	return d, nil
-}
-
-// same says why di is not the disk that came before under this name, if so.
-func (d *destDisk) same(di *protocol.DevInfo) error {
-	if int64(di.Size) != d.geo.size || int64(di.BlockSize) != d.geo.blockSize {
-		return fmt.Errorf("disk %q was %d bytes in blocks of %d, the source now says %d in blocks of %d: it is another disk",
-			d.name, d.geo.size, d.geo.blockSize, di.Size, di.BlockSize)
-	}
-	switch id := announcement(di).Identity; {
-	case d.resumed && id == (Identity{}):
-		return fmt.Errorf("disk %q: the source does not say which disk it has, so it may be another: "+
-			"nothing was changed: use a source that keeps its identity, or begin anew with --overwrite", d.name)
-	case id != d.id:
-		return fmt.Errorf("disk %q came from %s, the source now has %s: it is another disk, or was written since; "+
-			"nothing was changed: give the right source, or begin anew with --overwrite", d.name, d.id, id)
-	}
-	return nil
 }
 
 func (d *destDisk) attach(from *protocol.FromProtocol) *lazy.Stream {
@@ -173,6 +157,8 @@ func (d *destDisk) status() DiskStatus {
 	switch {
 	case d.complete.Load():
 		s.State = StateComplete
+	case s.Connected && !st.Live:
+		s.State = StateStandby
 	case s.Connected:
 		s.State = StateMigrating
 	}
@@ -227,7 +213,12 @@ func (a *arrivals) HandleDamage() { a.disk.damage.note(a.disk.log, a.disk.name) 
 // if a block is missing, the migration is not complete, whatever the source
 // says, and the connection ends so that the rest is claimed on the next.
 func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
-	if ev.Type != wire.EventCompleted {
+	switch ev.Type {
+	case wire.EventCompleted:
+	case wire.EventPostLock:
+		answer(a.disk.goLive("the source has handed it off"))
+		return
+	default:
 		answer(nil)
 		return
 	}

@@ -256,6 +256,9 @@ func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, er
 	case n >= maxDisks:
 		return nil, false, fmt.Errorf("the source brings more than %d disks", maxDisks)
 	}
+	if err := elsewhere(di, Device{}); err != nil {
+		return nil, false, err
+	}
 	geo, err := newGeometry(int64(di.Size), int64(di.BlockSize))
 	if err != nil {
 		return nil, false, fmt.Errorf("disk %q: the source announces %w", di.Name, err)

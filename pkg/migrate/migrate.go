@@ -39,7 +39,14 @@ type Connector func(ctx context.Context) (io.ReadWriteCloser, error)
 const (
 	StateWaiting   = "waiting"   // no connection to the other side
 	StateMigrating = "migrating" // blocks travel
+	StateStandby   = "standby"   // blocks travel to a destination that waits for the handoff
 	StateComplete  = "complete"  // every block is at the destination, which has said so
+
+	// Of a live source's disk, while there is a connection:
+	StateFirstPass     = "first pass"
+	StateConverging    = "converging"     // what is dirty becomes less
+	StateNotConverging = "not converging" // clients write faster than it travels
+	StateHandedOff     = "handed off"     // the destination serves it; the rest travels
 )
 
 // DiskStatus is one disk's progress, seen from either side. All sizes are in
@@ -48,7 +55,7 @@ type DiskStatus struct {
 	Name      string
 	Size      int64
 	BlockSize int64
-	State     string // StateWaiting, StateMigrating or StateComplete
+	State     string // one of the States
 
 	// BytesDone is what is settled: at a destination, what is local; at a
 	// source, what was acknowledged or is not needed.
@@ -61,6 +68,13 @@ type DiskStatus struct {
 	// side counts what it hears of.
 	Damaged      int64
 	BytesWritten int64 // at a destination: what is local because it was written there
+
+	// Of a live source's disk:
+	Pass       int           // over what has changed, from 1, on this connection
+	DirtyBytes int64         // written since it was sent, or not sent yet and written
+	WriteRate  float64       // what clients write, in bytes a second
+	LinkRate   float64       // what the path to the destination takes, in bytes a second
+	ETA        time.Duration // until all has travelled, at these rates; 0: it is not known
 
 	Waiting    int           // reads that wait for a block
 	OldestWait time.Duration // how long the first of them has waited

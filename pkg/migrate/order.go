@@ -45,6 +45,8 @@ type order struct {
 	attempts        map[int64]int      // how often a block that is not settled has failed; 0: it was damaged on the way
 	unneeded        map[int64]struct{} // flying blocks that are not needed any more
 	room            room               // at the destination
+	halted          bool               // nothing is taken
+	live            *liveOrder         // nil: nobody writes the disk
 }
 
 type delayedBlock struct {
@@ -137,6 +139,16 @@ func (o *order) drop(off, length int64) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.live != nil {
+		o.live.claimed(s, o.dropLocked)
+	} else {
+		o.dropLocked(s)
+	}
+	notify(o.bulkWake) // the rest may have waited for one of these
+	o.settleLocked()
+}
+
+func (o *order) dropLocked(s span) {
 	o.left -= o.pending.clearRange(s.from, s.to)
 	o.asked.clearRange(s.from, s.to)
 	for b := o.flying.next(s.from); b >= 0 && b < s.to; b = o.flying.next(b + 1) {
@@ -148,8 +160,6 @@ func (o *order) drop(off, length int64) {
 	maps.DeleteFunc(o.attempts, func(b int64, _ int) bool {
 		return b >= s.from && b < s.to && !o.flying.get(b)
 	})
-	notify(o.bulkWake) // the rest may have waited for one of these
-	o.settleLocked()
 }
 
 // nextUrgent takes the next run of at most limit blocks that were asked for,
@@ -157,7 +167,7 @@ func (o *order) drop(off, length int64) {
 func (o *order) nextUrgent(limit int64) (span, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for {
+	for !o.halted {
 		s, ok := o.asks.front()
 		if !ok {
 			return o.scanUrgentLocked(limit)
@@ -171,6 +181,7 @@ func (o *order) nextUrgent(limit int64) (span, bool) {
 		o.asks.setFront(span{run.to, s.to})
 		return run, true
 	}
+	return span{}, false
 }
 
 // scanUrgentLocked finds what the queue of asks had no room for.
@@ -190,7 +201,11 @@ func (o *order) scanUrgentLocked(limit int64) (span, bool) {
 // and pending, or -1.
 func (o *order) nextAskedLocked(from, to int64) int64 {
 	for b := o.asked.next(from); b >= 0 && b < to; b = o.asked.next(b + 1) {
-		if o.pending.get(b) {
+		switch {
+		case !o.pending.get(b):
+		case o.live != nil && o.live.stale(b):
+			o.setAsideLocked(b)
+		default:
 			return b
 		}
 	}
@@ -202,7 +217,7 @@ func (o *order) nextAskedLocked(from, to int64) int64 {
 func (o *order) peekBulk() (block int64, hint, ok bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.room.held {
+	if o.halted || o.room.held {
 		return 0, false, false
 	}
 	for {
@@ -210,25 +225,31 @@ func (o *order) peekBulk() (block int64, hint, ok bool) {
 		if !ok {
 			break
 		}
-		if b := o.pending.next(s.from); b >= 0 && b < s.to {
+		if b := o.nextPendingLocked(s.from); b >= 0 && b < s.to {
 			o.hints.setFront(span{b, s.to})
 			return b, true, true
 		}
 		o.hints.pop()
 	}
-	if o.left == 0 {
-		return 0, false, false
-	}
 	if len(o.attempts) > 0 {
 		b, ok := o.retryLocked()
 		return b, false, ok
 	}
-	b := o.pending.next(o.cursor)
-	if b < 0 {
-		b = o.pending.next(0)
+	for {
+		o.nextWaveLocked()
+		b := o.nextPendingLocked(o.cursor)
+		if b < 0 {
+			b = o.nextPendingLocked(0)
+		}
+		switch {
+		case b >= 0:
+			o.cursor = b
+			return b, false, true
+		case o.live == nil || o.live.left == 0:
+			o.settleLocked() // the last ones may have been set aside
+			return 0, false, false
+		}
 	}
-	o.cursor = b
-	return b, false, true
 }
 
 // retryLocked returns the first of the blocks that have failed and are due.
@@ -249,7 +270,7 @@ func (o *order) retryLocked() (block int64, ok bool) {
 func (o *order) takeBulk(from, limit int64) (span, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if !o.pending.get(from) || o.room.held {
+	if o.halted || o.room.held || !o.pending.get(from) || o.nextPendingLocked(from) != from {
 		return span{}, false
 	}
 	if o.room.none {
@@ -261,6 +282,7 @@ func (o *order) takeBulk(from, limit int64) (span, bool) {
 
 // takeLocked makes the run of pending (and asked) blocks from from on flying.
 // A block that failed before goes alone, so that it cannot take others with it.
+// The first of them is not stale.
 func (o *order) takeLocked(from, limit int64, onlyAsked bool) span {
 	to := o.pending.runEnd(from, limit)
 	if onlyAsked {
@@ -273,6 +295,15 @@ func (o *order) takeLocked(from, limit int64, onlyAsked bool) span {
 				break
 			}
 		}
+	}
+	if o.live != nil {
+		for b := from + 1; b < to; b++ {
+			if o.live.stale(b) {
+				to = b
+				break
+			}
+		}
+		o.live.take(from, to)
 	}
 	for b := from; b < to; b++ {
 		o.pending.clear(b)
@@ -360,20 +391,30 @@ func (o *order) settled() bool {
 }
 
 func (o *order) settledLocked() bool {
-	return o.left == 0 && o.out == 0 && len(o.delayed) == 0
+	return o.live == nil && o.drainedLocked()
 }
 
 func (o *order) settleLocked() {
-	if o.settledLocked() {
-		notify(o.settledC)
+	switch {
+	case o.live == nil:
+		if o.drainedLocked() {
+			notify(o.settledC)
+		}
+	case o.drainedLocked(), o.halted && o.out == 0:
+		notify(o.live.ended)
 	}
 }
 
-// unsettled is the number of blocks still to be settled.
+// unsettled is the number of blocks still to be settled, or more: a dirty block
+// that is also on its way counts twice.
 func (o *order) unsettled() int64 {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.left + o.out + int64(len(o.delayed))
+	n := o.left + o.out + int64(len(o.delayed))
+	if l := o.live; l != nil {
+		n = min(o.geo.blocks, n+l.left+l.dirt.count.Load())
+	}
+	return n
 }
 
 // notify wakes the one who waits on c, or the next one to look.

@@ -78,7 +78,8 @@ func (b bare) AppendBinary(p []byte) ([]byte, error) { return append(p, byte(b))
 // does, and fails on whatever would kill or stall that one.
 type plainDestination struct {
 	*rawPeer
-	needs int // blocks to ask for once each device is known
+	needs int  // blocks to ask for once each device is known
+	live  bool // the source's disks are
 
 	answers sync.WaitGroup
 	mu      sync.Mutex
@@ -131,9 +132,33 @@ func (d *plainDestination) take(h wire.Header, packet []byte) error {
 		dev.completed = dev.completed || packet[1] == byte(wire.EventCompleted)
 		d.mu.Unlock()
 		return d.answer(h.Dev, h.ID, bare(wire.CommandEventResponse))
+	case wire.CommandDirtyList:
+		if err := d.forget(dev, packet); err != nil {
+			return err
+		}
+		return d.answer(h.Dev, h.ID, bare(wire.CommandDirtyListResponse))
 	default:
 		return fmt.Errorf("a plain destination is sent %v", c)
 	}
+}
+
+// forget takes a dirty list: none of its blocks may be in flight.
+func (d *plainDestination) forget(dev *plainDevice, packet []byte) error {
+	var m wire.DirtyList
+	if err := m.UnmarshalBinary(packet); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.live {
+		return fmt.Errorf("a frozen source sends a dirty list of %d blocks", len(m.Blocks))
+	}
+	for _, b := range m.Blocks {
+		if off := int64(b) * int64(m.BlockSize); off >= int64(dev.info.Size) || dev.inFlight[off] {
+			return fmt.Errorf("a dirty list names block %d of %d bytes, which is in flight or past the end", b, m.BlockSize)
+		}
+	}
+	return nil
 }
 
 // begin decodes DevInfo as Silo does: what follows the schema is not looked at.

@@ -189,7 +189,7 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 		return p.fail(err)
 	}
 	if hole {
-		return p.sendHole(ctx, from, limit)
+		return p.sendHole(ctx, r, from, limit)
 	}
 	if err := p.window.await(ctx, limit*p.order.geo.blockSize); err != nil {
 		return err
@@ -203,7 +203,7 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 }
 
 // sendHole sends a zero run of at most limit blocks from block from on.
-func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
+func (p *pump) sendHole(ctx context.Context, r *reader, from, limit int64) error {
 	if err := p.window.await(ctx, zeroCost); err != nil {
 		return err
 	}
@@ -211,6 +211,9 @@ func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
 		s, ok := p.order.takeBulk(from, 1)
 		if !ok {
 			return nil
+		}
+		if ok, err := p.stillHole(r, s); !ok {
+			return err
 		}
 		return p.sendZeroes(ctx, s, protocol.PriorityBulk)
 	}
@@ -226,6 +229,10 @@ func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
 		<-p.holes
 		return nil // demand was faster
 	}
+	if ok, err := p.stillHole(r, s); !ok {
+		<-p.holes
+		return err
+	}
 	f, err := p.takeOff(ctx, s, zeroCost, protocol.PriorityBulk)
 	if err != nil {
 		return err
@@ -233,6 +240,26 @@ func (p *pump) sendHole(ctx context.Context, from, limit int64) error {
 	f.hole = true
 	off, length := p.order.geo.bytes(s)
 	return f.sent(p.to.StartZero(protocol.PriorityBulk, off, length, f))
+}
+
+// stillHole looks once more whether s, which has been taken, is a hole, if
+// somebody may have written there since the first look; if it is none, s is put
+// back. Only what is read after a block was taken counts.
+func (p *pump) stillHole(r *reader, s span) (bool, error) {
+	if p.disk.Live == nil {
+		return true, nil
+	}
+	off, length := p.order.geo.bytes(s)
+	end, hole, err := r.ext.ExtentAt(off)
+	if err != nil {
+		return false, p.fail(err)
+	}
+	if hole && end >= off+length {
+		return true, nil
+	}
+	r.extFrom, r.extTo = 0, 0 // what it knows is out of date
+	p.order.putBack(s)
+	return false, nil
 }
 
 // holeLanded makes the next zero run longer or shorter by what this one took.

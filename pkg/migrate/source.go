@@ -22,10 +22,16 @@ import (
 // Silo keep 0 for themselves.
 const firstDevice = 1
 
-// SourceDisk is a disk to be moved. Nobody may write it meanwhile.
+// SourceDisk is a disk to be moved. Nobody may write it meanwhile, but through
+// Live.
 type SourceDisk struct {
 	Name  string // what the destination is told, and its export is called
 	Store storage.StorageProvider
+	// Live is where the disk is used while it moves, until it is handed off; nil:
+	// it is frozen, and the destination's from the start. It is a Tracker for
+	// Store, which may then be nil, and for no other Source. One that is handed
+	// off already is as frozen.
+	Live *Tracker
 	// Identity tells the destination after a restart of either side whether this
 	// is still the disk of which it has a part. Zero: it cannot tell.
 	Identity Identity
@@ -45,8 +51,20 @@ type SourceOptions struct {
 	// Listening says that the Connector accepts connections: one that comes to
 	// nothing is logged, and the next is awaited.
 	Listening bool
-	Log       *slog.Logger // nil: no log
+	// AutoHandoff hands live disks off without being asked: when a pass over what
+	// has changed leaves so little that it would travel in MaxDowntime, or when
+	// another pass would not leave less. Without it Handoff does.
+	AutoHandoff bool
+	// MaxDowntime is for AutoHandoff; 0 is DefaultMaxDowntime.
+	MaxDowntime time.Duration
+	// Ledger keeps over a crash whether the live disks were handed off; nil
+	// forgets it.
+	Ledger Ledger
+	Log    *slog.Logger // nil: no log
 }
+
+// DefaultMaxDowntime is the MaxDowntime of SourceOptions that name none.
+const DefaultMaxDowntime = 300 * time.Millisecond
 
 // Source is the sending end of a migration.
 type Source struct {
@@ -55,8 +73,12 @@ type Source struct {
 	disks []*sourceDisk
 	limit *throttle
 	path  atomic.Pointer[window] // of the present connection; nil: there is none
+	hand  *hand
 
 	served bool // a destination has taken the disks; only Run's goroutine uses it
+
+	mu       sync.Mutex
+	progress passes // guarded by mu
 }
 
 // sourceDisk is one disk and what is known of it over all connections.
@@ -64,6 +86,7 @@ type sourceDisk struct {
 	SourceDisk
 	geo    geometry
 	counts counters
+	rate   speed // of what clients write
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -71,6 +94,7 @@ type sourceDisk struct {
 	connected  bool
 	reconnects int
 	complete   bool // the destination has said that it has everything
+	taken      bool // the destination of a disk that was handed off has said so
 	err        error
 }
 
@@ -82,9 +106,16 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 	if len(disks) == 0 {
 		return nil, errors.New("migrate: a source needs at least one disk")
 	}
+	if opts.MaxDowntime == 0 {
+		opts.MaxDowntime = DefaultMaxDowntime
+	}
 	s := &Source{opts: opts, log: logger(opts.Log)}
+	s.progress = passes{first: true, gains: true}
 	names := make(map[string]bool)
 	for _, d := range disks {
+		if err := d.live(); err != nil {
+			return nil, fmt.Errorf("migrate: disk %s: %w", d.Name, err)
+		}
 		geo, err := newGeometry(int64(d.Store.Size()), opts.BlockSize)
 		if err != nil {
 			return nil, fmt.Errorf("migrate: disk %s: %w", d.Name, err)
@@ -96,6 +127,11 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 		s.disks = append(s.disks, &sourceDisk{SourceDisk: d, geo: geo, order: newOrder(geo)})
 	}
 	s.limit = newThrottle(opts.BlockSize, opts.Rate)
+	gone, live := s.handedOff()
+	if gone > 0 && gone < live {
+		return nil, fmt.Errorf("migrate: %d of %d disks were handed off: they belong together", gone, live)
+	}
+	s.hand = newHand(opts.Ledger, opts.AutoHandoff, gone > 0)
 	return s, nil
 }
 
@@ -109,39 +145,6 @@ func (s *Source) Run(ctx context.Context, connect Connector) error {
 		lack: func() []any { return lacking(s.Status())[:2] }, // nobody waits here
 	}
 	return loop.run(ctx)
-}
-
-// Status returns the progress of each disk, in the order of NewSource.
-func (s *Source) Status() []DiskStatus {
-	all := make([]DiskStatus, len(s.disks))
-	for i, d := range s.disks {
-		all[i] = d.status()
-	}
-	return all
-}
-
-func (d *sourceDisk) status() DiskStatus {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	st := DiskStatus{
-		Name: d.Name, Size: d.geo.size, BlockSize: d.geo.blockSize,
-		State:      StateWaiting,
-		BytesDone:  max(0, d.geo.size-d.order.unsettled()*d.geo.blockSize),
-		BytesAsked: d.counts.asked.Load(), // before BytesSent, which is never less
-		BytesSent:  d.counts.sent.Load(),
-		Damaged:    d.counts.damage.count(),
-		Connected:  d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
-	}
-	if _, full := d.order.full(); full && d.connected {
-		st.Err = errNoRoom
-	}
-	switch {
-	case d.complete:
-		st.State, st.BytesDone = StateComplete, d.geo.size
-	case d.connected:
-		st.State = StateMigrating
-	}
-	return st
 }
 
 // errMoved ends the goroutines of a connection, or of a disk on it, that has
@@ -189,14 +192,35 @@ func (s *Source) weigh(refused *protocol.RefusedError) error {
 // cannot be moved.
 func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *greeting) error {
 	group, ctx := errgroup.WithContext(ctx)
-	shared := newWindow(s.opts.BlockSize, plainBulkPackets)
-	s.path.Store(shared)
+	live := &liveSession{src: s, window: newWindow(s.opts.BlockSize, plainBulkPackets), ended: make(chan struct{}, 1)}
+	var lines []*line
+	s.path.Store(live.window)
 	defer s.path.Store(nil)
 	for i, d := range s.disks {
+		c := s.line(d, p, firstDevice+uint32(i), live, hello)
+		defer d.end()
+		defer func() { d.counts.damage.noteEnd(s.log, d.Name, p.Err()) }()
+		lines = append(lines, c)
+	}
+	for _, c := range lines { // all of them before any data (trap M10)
+		if err := c.to.SendDevInfoExt(c.disk.info()); err != nil {
+			return err
+		}
+	}
+	for _, c := range lines {
 		group.Go(func() error {
-			err := s.move(ctx, d, p, firstDevice+uint32(i), shared, hello)
+			err := s.move(ctx, c)
 			if err != nil {
 				_ = p.Close() // wakes the other disks, which may be writing to it
+			}
+			return err
+		})
+	}
+	if len(live.lines) > 0 {
+		group.Go(func() error {
+			err := live.passLoop(ctx)
+			if err != nil {
+				_ = p.Close() // as above
 			}
 			return err
 		})
@@ -209,30 +233,36 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 	return err
 }
 
-// move sends one disk over one connection, from DevInfo to the answer to
-// Completed.
-func (s *Source) move(ctx context.Context, d *sourceDisk, p protocol.Protocol, dev uint32, w *window, hello *greeting) error {
-	o := d.begin()
-	defer d.end()
-	defer func() { d.counts.damage.noteEnd(s.log, d.Name, p.Err()) }()
+// line begins to move a disk over a connection.
+func (s *Source) line(d *sourceDisk, p protocol.Protocol, dev uint32, live *liveSession, hello *greeting) *line {
+	o := d.begin(live.ended)
 	to := protocol.NewToProtocol(uint64(d.geo.size), dev, p)
 	to.HandleNeedAt(func(off, length int64) { hello.say(); o.ask(off, length) })
 	to.HandleDontNeedAt(func(off, length int64) { hello.say(); o.drop(off, length) })
-	pump := newPump(d.SourceDisk, o, to, w, s.limit, &d.counts, hello.say, s.log)
-	if err := to.SendDevInfoExt(d.info()); err != nil {
-		return err
+	pump := newPump(d.SourceDisk, o, to, live.window, s.limit, &d.counts, hello.say, s.log)
+	c := &line{disk: d, order: o, to: to, pump: pump}
+	if o.live != nil {
+		live.lines = append(live.lines, c)
 	}
-	s.log.Info("sending", "disk", d.Name, "bytes", d.geo.size, "block", d.geo.blockSize)
+	return c
+}
 
+// move sends one disk over one connection, from DevInfo to the answer to
+// Completed.
+func (s *Source) move(ctx context.Context, c *line) error {
+	d := c.disk
+	s.log.Info("sending", "disk", d.Name, "bytes", d.geo.size, "block", d.geo.blockSize)
 	loops, ctx := errgroup.WithContext(ctx)
-	loops.Go(func() error { return pump.upgradeLoop(ctx) })
-	loops.Go(func() error { return pump.bulkLoop(ctx) })
-	loops.Go(func() error { return pump.demandLoop(ctx) })
-	loops.Go(func() error { return d.finish(ctx, o, to) })
+	loops.Go(func() error { return c.pump.upgradeLoop(ctx) })
+	loops.Go(func() error { return c.pump.bulkLoop(ctx) })
+	loops.Go(func() error { return c.pump.demandLoop(ctx) })
+	loops.Go(func() error { return s.takenLoop(ctx, c) })
+	loops.Go(func() error { return d.finish(ctx, c.order, c.to) })
 	if err := loops.Wait(); err != nil && !errors.Is(err, errMoved) {
 		d.note(err)
 		return err
 	}
+	s.taken(d)
 	s.log.Info("complete", "disk", d.Name, "sent", d.counts.sent.Load())
 	return nil
 }
@@ -276,7 +306,7 @@ func (d *sourceDisk) info() *protocol.DevInfo {
 		Size: uint64(d.geo.size), BlockSize: uint32(d.geo.blockSize), Name: d.Name,
 		// A plain Silo destination wants these two of a schema.
 		Schema:    fmt.Sprintf("size = \"%d\"\nsystem = \"memory\"\n", d.geo.size),
-		Extension: &wire.Extension{Revision: wire.Revision, Identity: d.Identity},
+		Extension: d.extension(),
 	}
 }
 
@@ -287,9 +317,13 @@ func (d *sourceDisk) isComplete() bool {
 }
 
 // begin starts a connection: nothing that an earlier one acknowledged counts,
-// only what the destination claims on this one.
-func (d *sourceDisk) begin() *order {
+// only what the destination claims on this one, and of a live disk what has not
+// changed since.
+func (d *sourceDisk) begin(ended chan struct{}) *order {
 	o := newOrder(d.geo)
+	if d.stillWritten() {
+		o = newLiveOrder(d.geo, d.Live.track(d.geo), ended)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.order, d.connected, d.complete = o, true, false

@@ -38,6 +38,11 @@ type (
 	RemoveDevHandler interface {
 		HandleRemoveDev()
 	}
+	// Named tells an extended source which device its disk comes to: a UUID that
+	// no other device has.
+	Named interface {
+		Device() [16]byte
+	}
 )
 
 // FromProtocol is a device at the destination: what arrives for it goes to a

@@ -90,9 +90,13 @@ func (in *incoming) answerInfo(ext wire.Extension) error {
 
 // terms is what we say about ourselves to an extended peer whose device we take.
 func (in *incoming) terms() wire.Extension {
-	return wire.Extension{
+	e := wire.Extension{
 		Revision: wire.Revision,
 		MaxData:  uint32(min(int64(in.p.opts.MaxData), in.window)),
 		Window:   uint32(min(in.window, math.MaxUint32)),
 	}
+	if named, ok := in.store.(Named); ok {
+		e.Device = named.Device()
+	}
+	return e
 }

@@ -26,7 +26,8 @@ const (
 	fieldWindow   = 4 // u32
 	fieldIdentity = 5 // 16 bytes UUID, u64 generation
 	fieldRefused  = 6 // text
-	lastField     = fieldRefused
+	fieldDevice   = 7 // 16 bytes UUID
+	lastField     = fieldDevice
 	// u32 CRC32C of the packet so far; behind all others and in DevInfo only
 	fieldChecksum = 0xffff
 )
@@ -43,6 +44,10 @@ type Extension struct {
 	// Refused is why the destination does not take the device, in a
 	// DevInfoResponse; empty if it does. Whose words these are nobody knows.
 	Refused string
+	// Device is the destination's device: in a DevInfoResponse the one that the
+	// disk comes to, in a DevInfo the one that it was handed off to. Zero: it is
+	// not known, and the disk was not handed off.
+	Device  [16]byte
 	Unknown []Field
 }
 
@@ -89,6 +94,9 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 			return b, fmt.Errorf("wire: refusal of %d bytes: %w", len(e.Refused), ErrTooLarge)
 		}
 		b = append(appendFieldHead(b, fieldRefused, len(e.Refused)), e.Refused...)
+	}
+	if e.Device != [16]byte{} {
+		b = append(appendFieldHead(b, fieldDevice, 16), e.Device[:]...)
 	}
 	for _, f := range e.Unknown {
 		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= lastField || f.Type == fieldChecksum {
@@ -151,6 +159,11 @@ func (e *Extension) read(c *cursor) {
 				c.fail(fmt.Errorf("%w: refusal of %d bytes", ErrTooLarge, length))
 			}
 			e.Refused = string(value.rest())
+		case fieldDevice:
+			copy(e.Device[:], value.bytes(16))
+			if e.Device == [16]byte{} {
+				c.fail(fmt.Errorf("%w: device of zeroes", ErrInvalid))
+			}
 		default:
 			e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
 		}

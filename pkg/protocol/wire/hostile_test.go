@@ -85,6 +85,7 @@ func TestExtensionRoundTrip(t *testing.T) {
 		{Revision: 7, MaxData: 1 << 20, Window: 3 << 20, Live: true},
 		{Revision: 1, Identity: Identity{UUID: [16]byte{1, 15: 2}, Generation: 1 << 60}},
 		{Revision: 2, Refused: "another disk"},
+		{Revision: 2, Live: true, Device: [16]byte{3, 15: 4}},
 		{Revision: 1, Unknown: []Field{{Type: 9, Value: []byte{}}, {Type: 77, Value: []byte("later")}}},
 	} {
 		in := DevInfo{Size: 10, BlockSize: 5, Name: "n", Schema: "s", Extension: &ext}
@@ -125,6 +126,7 @@ func TestJunkBehindTheSchemaIsNoExtension(t *testing.T) {
 		"wrong order":       append(bytes.Clone(revision), 9, 0, 0, 0, 3, 0, 0, 0),
 		"length wraps":      append(bytes.Clone(revision), 9, 0, 0xff, 0xff, 1),
 		"live with a value": append(bytes.Clone(revision), 3, 0, 1, 0, 1),
+		"device of zeroes":  append(bytes.Clone(revision), append([]byte{7, 0, 16, 0}, make([]byte, 16)...)...),
 		"too long":          append(bytes.Clone(revision), make([]byte, MaxExtension)...),
 	} {
 		var m DevInfo

@@ -1,0 +1,111 @@
+package migrate
+
+import (
+	"crypto/rand"
+	"fmt"
+
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+)
+
+// deviceOf is the UUID of the device that a disk becomes: that of its map, or
+// without one a new one, since such a device does not outlive its process.
+func deviceOf(opened DestinationDisk) (device Device) {
+	if opened.Map != nil {
+		return opened.Map.Identity().Device
+	}
+	_, _ = rand.Read(device[:]) // never fails
+	return device
+}
+
+// Device tells a source which device its disk comes to.
+func (a *arrivals) Device() [16]byte { return a.disk.device }
+
+// isLive says that the disk belongs to this side: clients use it, and the
+// source changes nothing any more.
+func (d *destDisk) isLive() bool {
+	select {
+	case <-d.dev.Live():
+		return true
+	default:
+		return false
+	}
+}
+
+// goLive takes the disk over, durably, if that has not happened.
+func (d *destDisk) goLive(why string) error {
+	if d.isLive() {
+		return nil
+	}
+	if err := d.dev.GoLive(); err != nil {
+		d.fail(err)
+		return fmt.Errorf("disk %q: %w", d.name, err)
+	}
+	d.log.Info("live: "+why, "disk", d.name)
+	return nil
+}
+
+// handedTo is the device that the source says it has handed the disk off to.
+func handedTo(di *protocol.DevInfo) Device {
+	if di.Extension == nil {
+		return Device{}
+	}
+	return di.Extension.Device
+}
+
+// stillWritten says that the source's disk is being written.
+func stillWritten(di *protocol.DevInfo) bool {
+	return di.Extension != nil && di.Extension.Live
+}
+
+// elsewhere says that the source has handed the disk off, and not to device.
+func elsewhere(di *protocol.DevInfo, device Device) error {
+	if to := handedTo(di); to != (Device{}) && to != device {
+		return fmt.Errorf("disk %q: the source has handed it off to another destination, or to one that was begun anew since: "+
+			"it has one owner: nothing was changed: start that destination again with its disk and map", di.Name)
+	}
+	return nil
+}
+
+// same says why di is not the disk that came before under this name, if so. In
+// standby a disk whose contents have changed begins anew.
+func (d *destDisk) same(di *protocol.DevInfo) error {
+	if int64(di.Size) != d.geo.size || int64(di.BlockSize) != d.geo.blockSize {
+		return fmt.Errorf("disk %q was %d bytes in blocks of %d, the source now says %d in blocks of %d: it is another disk",
+			d.name, d.geo.size, d.geo.blockSize, di.Size, di.BlockSize)
+	}
+	if err := elsewhere(di, d.device); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	was := d.id
+	d.mu.Unlock()
+	switch id := announcement(di).Identity; {
+	case d.resumed && id == (Identity{}):
+		return fmt.Errorf("disk %q: the source does not say which disk it has, so it may be another: "+
+			"nothing was changed: use a source that keeps its identity, or begin anew with --overwrite", d.name)
+	case stillWritten(di) && d.isLive():
+		return fmt.Errorf("disk %q is in use here, and the source has taken it back and serves it too: "+
+			"nothing was changed: end one of the two; to move it again begin anew with --overwrite", d.name)
+	case id == was:
+		return nil
+	case id.UUID == was.UUID && id.UUID != [16]byte{} && !d.isLive():
+		return d.restart(id)
+	default:
+		return fmt.Errorf("disk %q came from %s, the source now has %s: it is another disk, or was written since; "+
+			"nothing was changed: give the right source, or begin anew with --overwrite", d.name, was, id)
+	}
+}
+
+// restart forgets what is here: the source cannot tell any more what of it is
+// as it has it.
+func (d *destDisk) restart(id Identity) error {
+	if err := d.dev.Restart(id.UUID, id.Generation); err != nil {
+		return &localError{fmt.Errorf("disk %q: %w", d.name, err)}
+	}
+	d.mu.Lock()
+	d.id = id
+	d.mu.Unlock()
+	d.log.Warn("the source was written while nobody kept record, as after a crash: what was copied before is not trusted, and the copy begins anew",
+		"disk", d.name, "generation", id.Generation)
+	return nil
+}
