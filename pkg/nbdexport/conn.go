@@ -275,12 +275,23 @@ func (c *conn) kill(err error) {
 	c.ended = true
 	c.dead.Store(true)
 	close(c.dying)
+	waiting, longest := 0, time.Duration(0)
+	if !c.stopping && err != errClosed { // it is not we who send it away
+		for _, r := range c.waiters {
+			waiting++
+			longest = max(longest, time.Since(r.wait.since))
+		}
+	}
 	for _, r := range c.waiters {
 		r.wait.cancelLocked(errNotServed)
 	}
 	c.room.Broadcast()
 	c.mu.Unlock()
 	c.raw.Close() // there is nobody left to care for an error
+	if longest >= stallLog[0] {
+		c.s.log.Warn("client left while its requests waited for data: if it has a timeout of its own, let it be longer than an outage may last",
+			"export", c.e.Name, "from", c.raw.RemoteAddr(), "requests", waiting, "waited", longest.Round(time.Second))
+	}
 }
 
 // stopped says that the server ends.

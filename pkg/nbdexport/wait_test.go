@@ -47,6 +47,35 @@ func TestWaitsShowInTheLog(t *testing.T) {
 	})
 }
 
+// TestClientThatGivesUpBeforeTheDataComesIsTold is trap W2: its own timeout is
+// shorter than our wait. One that leaves at once, or is sent away, has none.
+func TestClientThatGivesUpBeforeTheDataComesIsTold(t *testing.T) {
+	for name, v := range map[string]struct {
+		after time.Duration
+		leave func(s *Server, c *rawClient)
+		lines int
+	}{
+		"by its own timeout": {30 * time.Second, func(_ *Server, c *rawClient) { _ = c.Close() }, 1},
+		"at once":            {time.Second, func(_ *Server, c *rawClient) { _ = c.Close() }, 0},
+		"sent away":          {30 * time.Second, func(s *Server, _ *rawClient) { _ = s.Close() }, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				s, _, c, _ := stalledServer(t, Options{Log: slog.New(slog.NewTextHandler(&log, nil))})
+				pass(v.after)
+				v.leave(s, c)
+				synctest.Wait()
+				require.Equal(t, v.lines, strings.Count(log.String(), "client left while its requests waited"), log.String())
+				if v.lines > 0 {
+					require.Contains(t, log.String(), "requests=1 waited=30s")
+				}
+				require.NoError(t, s.Close())
+			})
+		})
+	}
+}
+
 func TestOnWaitIsToldInsteadOfTheLog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
