@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"net"
 	"os"
@@ -13,18 +14,25 @@ import (
 const loopBuffer = 1 * mib
 
 // loopEnd is one end of the bare loop, the least that can move a file: pread and write to TCP here, read from TCP
-// and pwrite there, and fdatasync at the end, since a migration ends with one too.
+// and pwrite there, and fdatasync at the end, since a migration ends with one too. With one more argument, "sum", each
+// end also takes the CRC32C of what it copies, as a migration does.
 func loopEnd(end string, args []string) error {
+	touch := func([]byte) {}
+	if n := len(args); n > 0 && args[n-1] == "sum" {
+		args = args[:n-1]
+		sum, table := uint32(0), crc32.MakeTable(crc32.Castagnoli)
+		touch = func(b []byte) { sum = crc32.Update(sum, table, b) }
+	}
 	switch {
 	case end == "loop-receive" && len(args) == 1:
-		return loopReceive(args[0])
+		return loopReceive(args[0], touch)
 	case end == "loop-send" && len(args) == 2:
-		return loopSend(args[0], args[1])
+		return loopSend(args[0], args[1], touch)
 	}
-	return fmt.Errorf("%s %v: want loop-receive FILE or loop-send FILE ADDRESS", end, args)
+	return fmt.Errorf("%s %v: want loop-receive FILE or loop-send FILE ADDRESS, and perhaps sum", end, args)
 }
 
-func loopReceive(path string) error {
+func loopReceive(path string, touch func([]byte)) error {
 	f, err := os.Create(path)
 	if err != nil {
 		return err
@@ -44,6 +52,7 @@ func loopReceive(path string) error {
 	for off := int64(0); ; {
 		n, err := io.ReadFull(conn, buf)
 		if n > 0 {
+			touch(buf[:n])
 			if _, err := f.WriteAt(buf[:n], off); err != nil {
 				return err
 			}
@@ -63,7 +72,7 @@ func loopReceive(path string) error {
 	return err
 }
 
-func loopSend(path, address string) error {
+func loopSend(path, address string, touch func([]byte)) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -77,6 +86,7 @@ func loopSend(path, address string) error {
 	buf := make([]byte, loopBuffer)
 	for off := int64(0); ; {
 		n, err := f.ReadAt(buf, off)
+		touch(buf[:n])
 		if _, err := conn.Write(buf[:n]); err != nil {
 			return err
 		}

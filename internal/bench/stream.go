@@ -16,7 +16,9 @@ type mover struct {
 }
 
 func streamPart(ctx context.Context, b *bench) error {
-	movers := []mover{{"bare loop", moveByLoop}, {"silo-nbd", moveBySilo}}
+	movers := []mover{
+		{"bare loop", moveByLoop()}, {"silo-nbd", moveBySilo}, {"bare loop with CRC32C", moveByLoop("sum")},
+	}
 	if have("nbdkit") && have("nbdcopy") {
 		movers = append(movers, mover{"nbdcopy, 1 connection", moveByNBDCopy(1)}, mover{"nbdcopy, 4 connections", moveByNBDCopy(4)})
 	} else {
@@ -66,12 +68,19 @@ func streamIn(ctx context.Context, b *bench, place, dir string, size int64, move
 	return nil
 }
 
-func moveByLoop(ctx context.Context, _ *bench, src, dst string) (took, cpu time.Duration, err error) {
-	self, err := os.Executable()
-	if err != nil {
-		return 0, 0, err
+// moveByLoop is the bare loop; see loopEnd for the arguments.
+func moveByLoop(args ...string) func(context.Context, *bench, string, string) (time.Duration, time.Duration, error) {
+	return func(ctx context.Context, _ *bench, src, dst string) (time.Duration, time.Duration, error) {
+		self, err := os.Executable()
+		if err != nil {
+			return 0, 0, err
+		}
+		return moveByLoopOf(ctx, self, src, dst, args)
 	}
-	receive, err := startChild(ctx, self, "loop-receive", dst)
+}
+
+func moveByLoopOf(ctx context.Context, self, src, dst string, args []string) (took, cpu time.Duration, err error) {
+	receive, err := startChild(ctx, self, append([]string{"loop-receive", dst}, args...)...)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -81,7 +90,7 @@ func moveByLoop(ctx context.Context, _ *bench, src, dst string) (took, cpu time.
 		return 0, 0, err
 	}
 	began := time.Now()
-	_, sendCPU, err := output(ctx, self, "loop-send", src, address)
+	_, sendCPU, err := output(ctx, self, append([]string{"loop-send", src, address}, args...)...)
 	if err != nil {
 		return 0, 0, err
 	}
