@@ -26,7 +26,8 @@ import (
 const Suffix = ".silo-nbd-source"
 
 const (
-	version = 1
+	version     = 1
+	versionLive = 2 // the disk is live, or was: an earlier program must not take it for frozen
 	// A disk's contents are known by this many pieces of so many bytes, spread
 	// over it, the first and the last among them.
 	samples    = 64
@@ -46,6 +47,9 @@ type state struct {
 	UUID        string      `json:"uuid"` // 32 hexadecimal digits
 	Generation  uint64      `json:"generation"`
 	Fingerprint fingerprint `json:"fingerprint"`
+	// Of version 2 only:
+	Open    bool     `json:"open,omitempty"`    // it is served, or its process has crashed
+	Handoff *handoff `json:"handoff,omitempty"` // it was handed off
 }
 
 // fingerprint is what is compared to find a disk changed. A change that keeps
@@ -90,6 +94,12 @@ func Of(d Disk, path string) (migrate.Identity, error) {
 		s = state{Version: version, UUID: newUUID(), Generation: 1, Fingerprint: print}
 	case err != nil:
 		return migrate.Identity{}, err
+	case s.Handoff != nil:
+		return migrate.Identity{}, fmt.Errorf("%s: %w", d.Path(), ErrHandedOff)
+	case s.Version == versionLive: // what was copied of this generation has changed since
+		s.Version, s.Open = version, false
+		s.Generation++
+		s.Fingerprint = print
 	case s.Fingerprint == print:
 		return s.identity()
 	default:
@@ -153,8 +163,8 @@ func load(path string) (s state, err error) {
 	if err := dec.Decode(&s); err != nil {
 		return s, fmt.Errorf("%s is no state file of a source: %w; remove it if the disk is to begin anew", path, err)
 	}
-	if s.Version != version {
-		return s, fmt.Errorf("%s has version %d, this program knows %d: use a later one, or remove it to begin anew", path, s.Version, version)
+	if s.Version != version && s.Version != versionLive {
+		return s, fmt.Errorf("%s has version %d, this program knows %d: use a later one, or remove it to begin anew", path, s.Version, versionLive)
 	}
 	if _, err := s.identity(); err != nil {
 		return s, fmt.Errorf("%s: %w; remove it if the disk is to begin anew", path, err)
