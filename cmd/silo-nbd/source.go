@@ -23,6 +23,7 @@ type sourceFlags struct {
 	states    []string
 	blockSize units.Size
 	rate      units.Size
+	live      liveFlags
 	operate   operateFlags
 	format    logFormat
 }
@@ -30,25 +31,35 @@ type sourceFlags struct {
 func newSourceCommand() *cobra.Command {
 	f := &sourceFlags{blockSize: migrate.DefaultBlockSize}
 	cmd := &cobra.Command{
-		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR)",
-		Short: "Send disks that nobody writes any more",
+		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR) [--nbd ADDR]",
+		Short: "Send disks, also while they are in use",
 		Long: `Sends disks to a destination: blocks that it asks for first, the rest in order. The
 disks must not be written meanwhile; they are opened for reading only. Ends with 0 when
 the destination has said of every disk that it has all of it; from then on the source is
-not needed any more. A connection that breaks is made again without limit.`,
+not needed any more. A connection that breaks is made again without limit.
+
+With --nbd the disks are in use: they are served there, read and write, to the virtual
+machine of this host, and sent meanwhile, what changes again and again. The handoff stops
+them here and makes them usable at the destination at that moment; what has not travelled
+by then follows. From then on they are never served here again, also after a restart.`,
 		Args: arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			specs, err := f.check()
 			if err != nil {
 				return err
 			}
-			return f.run(cmd.Context(), specs, newConsole(cmd, f.format, false))
+			c := newConsole(cmd, f.format, false)
+			if !f.live.nbd.IsZero() {
+				return f.runLive(cmd.Context(), specs, c)
+			}
+			return f.run(cmd.Context(), specs, c)
 		},
 	}
 	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
 	cmd.Flags().StringArrayVar(&f.states, "state", nil, "what is known of a disk is kept here, as `[NAME=]PATH`; may be given again (default: beside the disk; needed for a block device in /dev)")
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
+	f.live.add(cmd)
 	f.wire.add(cmd)
 	f.operate.add(cmd)
 	f.format.add(cmd)
@@ -74,6 +85,9 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("--tls-allow: it is for those who connect to us, and with --connect nobody does")
 	}
 	if err := f.wire.check(); err != nil {
+		return nil, err
+	}
+	if err := f.live.check(&f.wire, f.operate.control); err != nil {
 		return nil, err
 	}
 	return specs, f.operate.check(&f.wire)
@@ -144,7 +158,11 @@ func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Ident
 	if err != nil {
 		return id, err
 	}
-	if id, err = identity.Of(file, where); err != nil {
+	id, err = identity.Of(file, where)
+	if errors.Is(err, identity.ErrHandedOff) {
+		return id, err
+	}
+	if err != nil {
 		c.log.Warn("a destination that is restarted will not take this disk for the same: say where to keep what it needs, with --state",
 			"disk", file.Path(), "error", err)
 	}

@@ -142,7 +142,8 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 func (s *Source) Run(ctx context.Context, connect Connector) error {
 	loop := sessions{
 		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
-		lack: func() []any { return lacking(s.Status())[:2] }, // nobody waits here
+		known: s.hasLive(),                                     // somebody uses the disks: the destination may come when it likes
+		lack:  func() []any { return lacking(s.Status())[:2] }, // nobody waits here
 	}
 	return loop.run(ctx)
 }

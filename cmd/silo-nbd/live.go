@@ -1,0 +1,267 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/control"
+	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/identity"
+	"github.com/silo-nbd/silo-nbd/internal/metrics"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
+)
+
+// liveFlags are those of a source whose disks are in use.
+type liveFlags struct {
+	nbd         nbdFlag
+	handoff     string
+	maxDowntime time.Duration
+	reclaim     bool
+	after       string
+}
+
+func (l *liveFlags) add(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.Var(&l.nbd, "nbd", "serve the disks to the local virtual machine here while they move: host:port, unix:///path, or systemd[:NAME]")
+	flags.StringVar(&l.handoff, "handoff", "manual", "with --nbd: when the destination takes over, `manual` (by silo-nbd handoff) or auto (by itself, when little is left)")
+	flags.DurationVar(&l.maxDowntime, "max-downtime", migrate.DefaultMaxDowntime, "with --handoff auto: little is what travels in this time")
+	flags.BoolVar(&l.reclaim, "force-reclaim", false, "with --nbd: serve disks again that were handed off. What was written at the destination is lost here, and the destination must not be used any more")
+	flags.StringVar(&l.after, "after", "keep", "with --nbd: what becomes of the disks here when all is complete, `keep` or remove")
+}
+
+func (l *liveFlags) check(w *wireFlags, control string) error {
+	if l.nbd.IsZero() {
+		if l.reclaim || l.handoff != "manual" || l.after != "keep" {
+			return usagef("--handoff, --force-reclaim and --after: they are for disks in use, which need --nbd")
+		}
+		return nil
+	}
+	switch {
+	case l.handoff != "manual" && l.handoff != "auto":
+		return usagef("--handoff: %q: want manual or auto", l.handoff)
+	case l.handoff == "manual" && control == "":
+		return usagef("--handoff manual: want --control PATH, for silo-nbd handoff to reach this process; or --handoff auto")
+	case l.maxDowntime <= 0:
+		return usagef("--max-downtime: %v: want more than 0, as in 300ms", l.maxDowntime)
+	case l.after != "keep" && l.after != "remove":
+		return usagef("--after: %q: want keep or remove", l.after)
+	}
+	return w.checkListener("--nbd", l.nbd.addrFlag)
+}
+
+// liveDisks are the disks of a source that are in use, and who owns them.
+type liveDisks struct {
+	files  []*sources.File
+	paths  []string // of the state files
+	moving []migrate.SourceDisk
+	ledger *identity.Live
+}
+
+func (l *liveDisks) Close() error {
+	var errs []error
+	if l.ledger != nil {
+		for _, f := range l.files {
+			errs = append(errs, f.Flush())
+		}
+		errs = append(errs, l.ledger.Close())
+	}
+	for _, f := range l.files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// remove removes the disks, which are complete at the destination.
+func (l *liveDisks) remove() error {
+	var errs []error
+	for i, f := range l.files {
+		if f.IsBlockDevice() {
+			errs = append(errs, fmt.Errorf("--after remove: %s is a block device: it was left as it is", f.Path()))
+			continue
+		}
+		errs = append(errs, os.Remove(f.Path()), os.Remove(l.paths[i]))
+	}
+	return errors.Join(errs...)
+}
+
+func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, err error) {
+	l = new(liveDisks)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	var named []identity.LiveDisk
+	for _, s := range specs {
+		file, err := sources.OpenFile(s.Path, sources.FileOptions{})
+		if err != nil {
+			return l, err
+		}
+		l.files = append(l.files, file)
+		path := s.State
+		if path == "" {
+			if path, err = identity.Default(file.Path(), file.IsBlockDevice()); err != nil {
+				return l, err
+			}
+		}
+		l.paths = append(l.paths, path)
+		named = append(named, identity.LiveDisk{Disk: file, Name: s.Name, Path: path})
+	}
+	ledger, err := identity.OpenLive(named, f.live.reclaim)
+	if err != nil {
+		return l, err
+	}
+	l.ledger = ledger
+	for _, name := range ledger.Crashed() {
+		c.log.Warn("the last source of this disk did not end in order: what was copied before is not trusted, and the copy begins anew", "disk", name)
+	}
+	switch {
+	case ledger.HandedOff():
+		c.log.Warn("the disks were handed off: nothing is served here; what is missing at the destination is sent when it connects")
+	case f.live.reclaim:
+		c.log.Warn("--force-reclaim: the disks are served here again, as they were when they were handed off: the destination must not use them any more")
+	}
+	for i, s := range specs {
+		owner, err := ledger.Owner(i)
+		if err != nil {
+			return l, err
+		}
+		id, err := ledger.Identity(i)
+		if err != nil {
+			return l, err
+		}
+		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner})
+		if err != nil {
+			return l, err
+		}
+		l.moving = append(l.moving, migrate.SourceDisk{Name: s.Name, Live: tracker, Identity: id})
+	}
+	return l, nil
+}
+
+// runLive serves the disks and sends them, until they are complete elsewhere.
+func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *console) (err error) {
+	certs, err := f.wire.certificates(true, c.log)
+	if err != nil {
+		return err
+	}
+	l, err := f.openLive(specs, c)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	source, err := migrate.NewSource(l.moving, migrate.SourceOptions{
+		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		AutoHandoff: f.live.handoff == "auto", MaxDowntime: f.live.maxDowntime, Ledger: l.ledger,
+	})
+	if err != nil {
+		return err
+	}
+	ln, err := f.live.nbd.listen(ctx, &f.wire)
+	if err != nil {
+		return err
+	}
+	options := nbdexport.Options{Log: c.log}
+	at := addr.Of(ln.Addr())
+	uri := addr.NBDURI
+	if certs != nil {
+		options.TLS = certs.ServerConfig()
+		at, uri = f.live.nbd.Named(at), addr.NBDSURI
+	}
+	server := nbdexport.NewServer(options)
+	for _, d := range l.moving {
+		if err := server.AddExport(nbdexport.Export{Name: d.Name, Backend: d.Live}); err != nil {
+			return errors.Join(err, ln.Close())
+		}
+	}
+	ends, err := f.wire.open(ctx, certs, c.log)
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	defer ends.Close() // nothing is under way any more
+	opts := f.control(source)
+	opts.Hand, opts.Disks = source, liveSamples(source)
+	op, err := f.operate.start(ctx, opts, metrics.Sight{Disks: source.Status, Path: source.Path, Pace: source}, certs, c)
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	defer func() { err = errors.Join(err, op.Close()) }()
+	defer c.show(source.Status)()
+
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var loops sync.WaitGroup
+	loops.Go(func() {
+		if err := server.Serve(ln); !errors.Is(err, nbdexport.ErrServerClosed) {
+			fail(&serveError{err})
+		}
+	})
+	for _, d := range l.moving {
+		if err := c.result("ready %s %s", d.Name, uri(at, d.Name)); err != nil {
+			fail(err)
+		}
+	}
+	op.ready()
+	err = f.moveLive(ctx, source, ends.Next, c)
+	op.stopping()
+	end, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
+	defer cancel()
+	if down := server.Shutdown(end); down != nil && !source.HandedOff() { // then its exports refuse the last flush
+		err = errors.Join(err, down)
+	}
+	loops.Wait()
+	if err == nil && f.live.after == "remove" && source.HandedOff() && missing(source.Status()) == "" {
+		err = l.remove()
+	}
+	return err
+}
+
+// moveLive moves the disks. What ends the migration does not end the service:
+// somebody uses the disks.
+func (f *sourceFlags) moveLive(ctx context.Context, source *migrate.Source, connect migrate.Connector, c *console) error {
+	err := source.Run(ctx, connect)
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() == nil && !source.HandedOff() {
+		c.log.Error("the migration has ended; the disks are served on: end this process, and start it again to try again", "error", err)
+		<-ctx.Done()
+		return errors.Join(err, endOf(ctx))
+	}
+	if ctx.Err() == nil {
+		return err
+	}
+	if broken := endOf(ctx); broken != nil {
+		return broken
+	}
+	if !source.HandedOff() {
+		return nil // the disks are here, as before
+	}
+	if lack := missing(source.Status()); lack != "" {
+		return fmt.Errorf("interrupted: the disks belong to the destination, but %s: run the same command again to go on", lack)
+	}
+	return nil
+}
+
+// liveSamples is samples for disks that are in use here.
+func liveSamples(source *migrate.Source) func() []control.Sample {
+	return func() []control.Sample {
+		var out []control.Sample
+		gone := source.HandedOff()
+		for _, d := range source.Status() {
+			out = append(out, control.Sample{DiskStatus: d, Live: &control.Live{
+				Pass: d.Pass, WriteRate: int64(d.WriteRate), LinkRate: int64(d.LinkRate), HandedOff: gone,
+			}})
+		}
+		return out
+	}
+}
