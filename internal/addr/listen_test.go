@@ -191,3 +191,20 @@ func TestZeroAddrIsRefused(t *testing.T) {
 	_, err = Addr{}.Dial(t.Context())
 	require.EqualError(t, err, "connect: no address")
 }
+
+func TestListeningLooksWithoutConnecting(t *testing.T) {
+	for _, text := range []string{"tcp://127.0.0.1:0", "unix://" + filepath.Join(t.TempDir(), "s")} {
+		a, err := Parse(text)
+		require.NoError(t, err)
+		ln, err := a.Listen(t.Context())
+		require.NoError(t, err)
+		a = Of(ln.Addr())
+		is, err := Listening(a)
+		require.NoError(t, err)
+		require.True(t, is, text)
+		require.NoError(t, ln.Close())
+		is, err = Listening(a)
+		require.NoError(t, err)
+		require.False(t, is, text)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 )
 
@@ -122,44 +123,15 @@ func freePort() (string, error) {
 
 // waitListening waits until somebody listens on an address, without connecting: a connection may be taken for a peer.
 func waitListening(address string) error {
+	at, err := addr.Parse(address)
+	if err != nil {
+		return err
+	}
 	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
-		ok, err := listening(address)
+		ok, err := addr.Listening(at)
 		if ok || err != nil {
 			return err
 		}
 	}
 	return fmt.Errorf("nobody listens on %s after 30 s", address)
-}
-
-// listening looks into the kernel's tables of sockets.
-func listening(address string) (bool, error) {
-	if path, ok := strings.CutPrefix(address, "unix://"); ok {
-		return inTable("/proc/net/unix", 8, 7, path, 3, "00010000") // __SO_ACCEPTCON
-	}
-	_, port, err := net.SplitHostPort(strings.TrimPrefix(address, "tcp://"))
-	if err != nil {
-		return false, err
-	}
-	var n int
-	if _, err := fmt.Sscan(port, &n); err != nil {
-		return false, err
-	}
-	v4, err := inTable("/proc/net/tcp", 10, 1, fmt.Sprintf(":%04X", n), 3, "0A") // TCP_LISTEN
-	v6, _ := inTable("/proc/net/tcp6", 10, 1, fmt.Sprintf(":%04X", n), 3, "0A")  // a kernel without IPv6 has none
-	return v4 || v6, err
-}
-
-// inTable looks for a line of at least so many fields, one of which ends in name and another of which is state.
-func inTable(table string, fields, nameField int, name string, stateField int, state string) (bool, error) {
-	content, err := os.ReadFile(table)
-	if err != nil {
-		return false, err
-	}
-	for line := range strings.Lines(string(content)) {
-		f := strings.Fields(line)
-		if len(f) >= fields && strings.HasSuffix(f[nameField], name) && f[stateField] == state {
-			return true, nil
-		}
-	}
-	return false, nil
 }

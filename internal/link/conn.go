@@ -151,12 +151,31 @@ func (f *flow) deliverLoop(ctx context.Context) {
 			continue
 		}
 		f.dir.noise.pass(p.bytes)
-		if _, err := f.dst.Write(p.bytes); err != nil {
-			f.conn.cut()
+		if !f.deliver(ctx, p.bytes) {
 			return
 		}
-		f.dir.bytes.Add(int64(len(p.bytes)))
 		f.underway.Release(int64(len(p.bytes)))
+	}
+}
+
+// deliver hands over bytes that have arrived, and lets happen what is to happen
+// between them. It says whether the flow goes on.
+func (f *flow) deliver(ctx context.Context, p []byte) bool {
+	for {
+		n, happen := f.dir.faults.next(f.dir.bytes.Load(), len(p))
+		if _, err := f.dst.Write(p[:n]); err != nil {
+			f.conn.cut()
+			return false
+		}
+		f.dir.bytes.Add(int64(n))
+		if happen == nil {
+			return true
+		}
+		happen()
+		if ctx.Err() != nil || !f.conn.link.gate.wait(ctx) {
+			return false
+		}
+		p = p[n:]
 	}
 }
 

@@ -48,6 +48,7 @@ type direction struct {
 	bucket bucket
 	bytes  atomic.Int64 // delivered
 	noise  noise
+	faults faults
 }
 
 // Listen starts a link. The context bounds only the start; Close ends the link.

@@ -27,6 +27,8 @@ const (
 	cmdTrim        = 4 // NBD_CMD_TRIM
 	cmdWriteZeroes = 6 // NBD_CMD_WRITE_ZEROES
 
+	flagFUA = 1 << 0 // NBD_CMD_FLAG_FUA
+
 	// maxPayload is the largest READ or WRITE that every server takes, in
 	// bytes; larger ones are sent as several.
 	maxPayload = 32 << 20
@@ -173,7 +175,7 @@ func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) {
 		part := p[n:min(len(p), n+c.payload())]
-		if err := c.request("read", cmdRead, off+int64(n), int64(len(part)), nil, part); err != nil {
+		if err := c.request("read", cmdRead, 0, off+int64(n), int64(len(part)), nil, part); err != nil {
 			return n, err
 		}
 		n += len(part)
@@ -183,11 +185,22 @@ func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 
 // WriteAt writes p at off. What does not lie inside the export is refused by
 // the server, not here.
-func (c *Client) WriteAt(p []byte, off int64) (int, error) {
+func (c *Client) WriteAt(p []byte, off int64) (int, error) { return c.write(0, p, off) }
+
+// WriteThroughAt is WriteAt, and what it has written is on stable storage when
+// it returns (FUA).
+func (c *Client) WriteThroughAt(p []byte, off int64) (int, error) {
+	if c.export.flags&transSendFUA == 0 {
+		return 0, fmt.Errorf("write through: %w", ErrUnsupported)
+	}
+	return c.write(flagFUA, p, off)
+}
+
+func (c *Client) write(flags uint16, p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) {
 		part := p[n:min(len(p), n+c.payload())]
-		if err := c.request("write", cmdWrite, off+int64(n), int64(len(part)), part, nil); err != nil {
+		if err := c.request("write", cmdWrite, flags, off+int64(n), int64(len(part)), part, nil); err != nil {
 			return n, err
 		}
 		n += len(part)
@@ -200,7 +213,7 @@ func (c *Client) Flush() error {
 	if c.export.flags&transSendFlush == 0 {
 		return fmt.Errorf("flush: %w", ErrUnsupported)
 	}
-	return c.request("flush", cmdFlush, 0, 0, nil, nil)
+	return c.request("flush", cmdFlush, 0, 0, 0, nil, nil)
 }
 
 // ZeroAt makes a range read as zeroes without sending them.
@@ -222,7 +235,7 @@ func (c *Client) TrimAt(off, length int64) error {
 func (c *Client) rangeRequest(op string, cmd uint16, off, length int64) error {
 	for length > 0 {
 		n := min(length, maxRange)
-		if err := c.request(op, cmd, off, n, nil, nil); err != nil {
+		if err := c.request(op, cmd, 0, off, n, nil, nil); err != nil {
 			return err
 		}
 		off, length = off+n, length-n
@@ -240,7 +253,7 @@ func (c *Client) Close() error {
 	var err error
 	if first {
 		c.conn.SetWriteDeadline(time.Now().Add(time.Second)) // a server that does not read must not hold us
-		c.send(cmdDisc, 0, 0, 0, nil)                        // a courtesy: the connection closes either way
+		c.send(cmdDisc, 0, 0, 0, 0, nil)                     // a courtesy: the connection closes either way
 		err = c.conn.Close()
 	}
 	c.wg.Wait()
@@ -257,7 +270,7 @@ func (c *Client) payload() int {
 
 // request sends one request and waits for its answer. out is the payload to
 // send, in is where the answer's payload goes.
-func (c *Client) request(op string, cmd uint16, off, length int64, out, in []byte) error {
+func (c *Client) request(op string, cmd, flags uint16, off, length int64, out, in []byte) error {
 	w := &call{p: in, done: make(chan struct{})}
 	c.mu.Lock()
 	if c.closing {
@@ -269,7 +282,7 @@ func (c *Client) request(op string, cmd uint16, off, length int64, out, in []byt
 	c.pending[cookie] = w // before sending: the answer can beat send's return
 	c.mu.Unlock()
 
-	if err := c.send(cmd, cookie, off, length, out); err != nil {
+	if err := c.send(cmd, flags, cookie, off, length, out); err != nil {
 		// Half a request may be out: the connection is of no use any more, and
 		// readLoop tells everybody why.
 		c.conn.Close()
@@ -290,11 +303,11 @@ func (c *Client) request(op string, cmd uint16, off, length int64, out, in []byt
 }
 
 // send puts one request on the wire.
-func (c *Client) send(cmd uint16, cookie uint64, off, length int64, payload []byte) error {
+func (c *Client) send(cmd, flags uint16, cookie uint64, off, length int64, payload []byte) error {
 	c.sendMu.Lock()
 	defer c.sendMu.Unlock()
 	b := binary.BigEndian.AppendUint32(c.head[:0], requestMagic)
-	b = binary.BigEndian.AppendUint16(b, 0) // no flags
+	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, cmd)
 	b = binary.BigEndian.AppendUint64(b, cookie)
 	b = binary.BigEndian.AppendUint64(b, uint64(off))

@@ -156,6 +156,26 @@ func TestErrorReplies(t *testing.T) {
 	require.NoError(t, c.Flush(), "the connection must live on after an error reply")
 }
 
+func TestWriteThroughIsMarkedFUA(t *testing.T) {
+	c, err := against(t, func(s *fakeServer) {
+		s.handshake()
+		for _, want := range []uint16{flagFUA, 0} {
+			r, _ := s.request()
+			if r.Flags != want || r.Type != cmdWrite {
+				t.Errorf("flags %#x of command %d, want %#x of a write", r.Flags, r.Type, want)
+			}
+			s.reply(r.Cookie, 0, nil)
+		}
+		s.request()
+	})
+	require.NoError(t, err)
+	n, err := c.WriteThroughAt(make([]byte, 512), 1024)
+	require.NoError(t, err)
+	require.Equal(t, 512, n)
+	_, err = c.WriteAt(make([]byte, 512), 1024)
+	require.NoError(t, err)
+}
+
 func TestReadStopsAtTheEnd(t *testing.T) {
 	c, err := against(t, func(s *fakeServer) {
 		s.handshake()

@@ -31,6 +31,7 @@ const (
 
 	transReadOnly        = 1 << 1 // NBD_FLAG_READ_ONLY
 	transSendFlush       = 1 << 2 // NBD_FLAG_SEND_FLUSH
+	transSendFUA         = 1 << 3 // NBD_FLAG_SEND_FUA
 	transSendTrim        = 1 << 5 // NBD_FLAG_SEND_TRIM
 	transSendWriteZeroes = 1 << 6 // NBD_FLAG_SEND_WRITE_ZEROES
 )
