@@ -96,7 +96,8 @@ func (d *Destination) Run(ctx context.Context, connect Connector) error {
 	var patience *time.Timer
 	loop := sessions{
 		connect: connect, listening: d.opts.Listening, log: d.log, known: len(d.all()) > 0,
-		lack: func() []any { return lacking(d.Status()) },
+		lack:  func() []any { return lacking(d.Status()) },
+		moved: d.received,
 	}
 	loop.session = func(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
 		greeted, err := d.session(ctx, conn)
@@ -211,6 +212,14 @@ func (d *Destination) all() []*destDisk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return append([]*destDisk(nil), d.disks...)
+}
+
+// received is how many bytes of content came, and were taken.
+func (d *Destination) received() (n int64) {
+	for _, disk := range d.all() {
+		n += disk.received.Load()
+	}
+	return n
 }
 
 // Status returns the progress of each disk, in the order in which they came.

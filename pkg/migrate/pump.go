@@ -78,7 +78,8 @@ type counters struct {
 	sent   atomic.Int64 // bytes of data packets
 	asked  atomic.Int64 // of these, in packets that somebody waits for
 	damage damage
-	ours   atomic.Bool // the other side is one of ours, not a plain Silo
+	ours   atomic.Bool  // the other side is one of ours, not a plain Silo
+	taken  atomic.Int64 // packets that were acknowledged
 }
 
 func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func(), log *slog.Logger) *pump {
@@ -460,6 +461,7 @@ func (f *flight) Complete(err error) {
 	switch {
 	case err == nil:
 		p.greeted()
+		p.counts.taken.Add(1)
 		p.order.done(s)
 	case errors.Is(err, protocol.ErrNoRoom):
 		p.greeted()

@@ -19,8 +19,8 @@ const (
 	// It is longer than a dead connection takes to be noticed at the other end,
 	// which may be busy with one.
 	greetTimeout = 20 * time.Second
-	// goodSession is how long a connection has to last for the pauses to begin
-	// anew, and longSession for the next failure to be told at once.
+	// goodSession is how long a connection on which nothing moved has to last for
+	// the pauses to begin anew, and longSession for the next failure to be told at once.
 	goodSession = time.Second
 	longSession = 10 * time.Second
 )
@@ -44,6 +44,8 @@ type sessions struct {
 	// lack is what waits for the other side, for the log; nil says nothing.
 	lack func() []any
 	out  outage
+	// moved grows with what one side has sent and the other has taken; nil: not known.
+	moved func() int64
 	// session serves one connection, which it closes. greeted says that the
 	// other side spoke our protocol.
 	session func(ctx context.Context, conn io.ReadWriteCloser) (greeted bool, err error)
@@ -55,7 +57,7 @@ type sessions struct {
 // the one who listens.
 func (s *sessions) run(ctx context.Context) error {
 	for retry := newBackoff(); ; {
-		began := time.Now()
+		began, moved := time.Now(), s.progress()
 		greeted, err := s.once(ctx)
 		var fatal *FatalError
 		switch {
@@ -71,7 +73,7 @@ func (s *sessions) run(ctx context.Context) error {
 		if greeted {
 			s.known = true
 			lasted := time.Since(began)
-			if lasted > goodSession {
+			if lasted > goodSession || s.progress() > moved {
 				retry.reset()
 				s.out.since = time.Time{}
 			}
@@ -83,6 +85,13 @@ func (s *sessions) run(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+func (s *sessions) progress() int64 {
+	if s.moved == nil {
+		return 0
+	}
+	return s.moved()
 }
 
 // connectError says that there was no connection at all.

@@ -106,6 +106,30 @@ func TestListenerSaysThatNobodyComes(t *testing.T) {
 	})
 }
 
+// A link that is cut again and again costs a short pause each time, as long as
+// something moves in between.
+func TestProgressEndsTheBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n, moved, begin := 0, int64(0), time.Now()
+		loop := sessions{
+			log:     logger(nil),
+			connect: func(context.Context) (io.ReadWriteCloser, error) { return nil, nil },
+			moved:   func() int64 { return moved },
+			session: func(context.Context, io.ReadWriteCloser) (bool, error) {
+				if n++; n == 300 {
+					return true, nil
+				}
+				if n < 200 {
+					moved++
+				}
+				return true, io.EOF
+			},
+		}
+		require.NoError(t, loop.run(t.Context()))
+		require.Equal(t, 199*firstBackoff+126*firstBackoff+94*maxBackoff, time.Since(begin))
+	})
+}
+
 func TestStrangerDoesNotEndAListener(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n, begin := 0, time.Now()

@@ -144,8 +144,17 @@ func (s *Source) Run(ctx context.Context, connect Connector) error {
 		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
 		known: s.hasLive(),                                     // somebody uses the disks: the destination may come when it likes
 		lack:  func() []any { return lacking(s.Status())[:2] }, // nobody waits here
+		moved: s.acknowledged,
 	}
 	return loop.run(ctx)
+}
+
+// acknowledged is how many packets were.
+func (s *Source) acknowledged() (n int64) {
+	for _, d := range s.disks {
+		n += d.counts.taken.Load()
+	}
+	return n
 }
 
 // errMoved ends the goroutines of a connection, or of a disk on it, that has
