@@ -213,6 +213,7 @@ func TestPeerIsToldWhyItsDeviceIsRefused(t *testing.T) {
 		require.Equal(t, []byte{0xfd, 1, 0, 4, 0, wire.Revision, 0, 0, 0, 6, 0}, raw.next().body[:11])
 		raw.mustSend(1, 2, writeAt(0, fill(4096, 1)))
 		require.ErrorIs(t, <-ended, ErrRefused)
+		require.NoError(t, dst.Close())
 		require.Zero(t, dst.Stats().Received)
 		_ = a.Close()
 	})

@@ -7,10 +7,11 @@
 // FromProtocol applies what arrives to a store. What both cost and take is in
 // limits.go; the bytes are in package wire and docs/PROTOCOL.md.
 //
-// One goroutine at a time reads, at first the caller's, in Handle. It never waits
-// for a consumer longer than a moment (see turn), with one exception: received data is bounded by Options.Memory, and while
-// that is used up nothing more is read. A device has a share of the memory that
-// no other can take, and the rest is for whoever needs it.
+// One goroutine at a time reads, as long as Handle runs. It never waits for a
+// consumer longer than a moment (see turn), with one exception: received data is
+// bounded by Options.Memory, and while that is used up nothing more is read. A
+// device has a share of the memory that no other can take, and the rest is for
+// whoever needs it.
 package protocol
 
 import (
@@ -178,7 +179,8 @@ func (p *ProtocolRW) Handle() error {
 	defer p.wg.Done()
 	p.turn.timer = time.AfterFunc(math.MaxInt64, p.relieve)
 	defer p.turn.timer.Stop()
-	p.readLoop()
+	// Not here: who reads may be at a store when another one reads the end.
+	p.start(p.readLoop)
 	select {
 	case err := <-p.turn.ended:
 		if errors.Is(err, io.EOF) {
