@@ -38,12 +38,12 @@ type room struct {
 
 // noRoom notes that flying blocks were refused because the destination is full.
 // They are pending again, for as long as it takes. What of them was asked for is
-// asked for again by whoever waits for it.
+// asked for again by whoever waits for it, unless he came just after the block
+// did: for him it is a hint.
 func (o *order) noRoom(s span, now time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.out -= o.flying.clearRange(s.from, s.to)
-	o.asked.clearRange(s.from, s.to)
 	for b := s.from; b < s.to; b++ {
 		delete(o.attempts, b)
 		if _, ok := o.unneeded[b]; ok {
@@ -52,7 +52,11 @@ func (o *order) noRoom(s span, now time.Time) {
 		}
 		o.pending.set(b)
 		o.left++
+		if o.asked.get(b) {
+			o.hints.push(span{b, b + 1})
+		}
 	}
+	o.asked.clearRange(s.from, s.to)
 	o.cursor = min(o.cursor, s.from)
 	r := &o.room
 	switch {

@@ -149,24 +149,42 @@ func TestOrderSendsOneBlockNowAndThenToAFullDestination(t *testing.T) {
 	o.ask(40*4096, 2*4096)
 	require.Equal(t, []span{{40, 42}}, takeAll(o, 8), "who waits may try")
 	o.noRoom(span{40, 42}, now.Add(time.Second/2))
-	require.Empty(t, takeAll(o, 8), "and is not tried again until he asks again")
+	require.Empty(t, takeAll(o, 8), "and comes first when one is due, or when he asks again")
 
 	for _, pause := range []time.Duration{firstRoomPause + time.Second/2, 2 * firstRoomPause, maxRoomPause, maxRoomPause, maxRoomPause} {
 		require.Positive(t, o.release(now.Add(pause-1)))
 		require.Empty(t, takeAll(o, 8))
 		now = now.Add(pause)
 		require.Zero(t, o.release(now))
-		require.Equal(t, []span{{0, 1}}, takeAll(o, 8))
+		require.Equal(t, []span{{40, 41}}, takeAll(o, 8))
 		require.Zero(t, o.release(now.Add(time.Hour)), "one at a time")
 		require.Empty(t, takeAll(o, 8))
-		o.noRoom(span{0, 1}, now)
+		o.noRoom(span{40, 41}, now)
 	}
 	o.release(now.Add(maxRoomPause))
-	require.Equal(t, []span{{0, 1}}, takeAll(o, 8))
-	o.done(span{0, 1})
+	require.Equal(t, []span{{40, 41}}, takeAll(o, 8))
+	o.done(span{40, 41})
 	_, none = o.full()
 	require.False(t, none)
-	require.Equal(t, span{1, 9}, takeAll(o, 8)[0])
+	require.Equal(t, []span{{41, 49}, {0, 8}}, takeAll(o, 8)[:2])
+}
+
+// A block is asked for while it is on its way, and comes to a full disk just
+// before somebody there waits for it: he does not ask again.
+func TestWhatWasAskedForOnItsWayToAFullDiskGoesFirst(t *testing.T) {
+	o := testOrder(t, 64)
+	now := time.Now()
+	s, _, _ := o.takeNext(4)
+	require.Equal(t, span{0, 4}, s)
+	o.ask(2*4096, 4096)
+	o.noRoom(s, now)
+	require.Empty(t, takeAll(o, 8))
+	require.Equal(t, firstRoomPause, o.release(now))
+	require.Zero(t, o.release(now.Add(firstRoomPause)))
+	b, hint, ok := o.peekBulk()
+	require.True(t, ok)
+	require.True(t, hint, "neither the rate nor a pause holds it")
+	require.EqualValues(t, 2, b)
 }
 
 func TestBlockThatIsNotNeededDoesNotComeBackForWantOfRoom(t *testing.T) {
