@@ -5,18 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
-	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -166,59 +163,33 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 	if err != nil {
 		return err
 	}
-	ln, err := f.live.nbd.listen(ctx, &f.wire)
+	x, err := f.openExport(ctx, l.moving, certs, c)
 	if err != nil {
 		return err
 	}
-	options := nbdexport.Options{Log: c.log}
-	at := addr.Of(ln.Addr())
-	uri := addr.NBDURI
-	if certs != nil {
-		options.TLS = certs.ServerConfig()
-		at, uri = f.live.nbd.Named(at), addr.NBDSURI
-	}
-	server := nbdexport.NewServer(options)
-	for _, d := range l.moving {
-		if err := server.AddExport(nbdexport.Export{Name: d.Name, Backend: d.Live}); err != nil {
-			return errors.Join(err, ln.Close())
-		}
-	}
 	ends, err := f.wire.open(ctx, certs, c.log)
 	if err != nil {
-		return errors.Join(err, ln.Close())
+		return errors.Join(err, x.listener.Close())
 	}
 	defer ends.Close() // nothing is under way any more
-	opts := f.control(source)
-	opts.Hand, opts.Disks = source, liveSamples(source)
-	op, err := f.operate.start(ctx, opts, metrics.Sight{Disks: source.Status, Path: source.Path, Pace: source}, certs, c)
+	op, err := f.operate.start(ctx, control.Options{
+		Role: control.RoleSource, Disks: liveSamples(source), Pace: source, Hand: source, NBD: x.clients, Drain: x.drain,
+	}, metrics.Sight{Disks: source.Status, Path: source.Path, Pace: source, NBD: x.clients}, certs, c)
 	if err != nil {
-		return errors.Join(err, ln.Close())
+		return errors.Join(err, x.listener.Close())
 	}
 	defer func() { err = errors.Join(err, op.Close()) }()
 	defer c.show(source.Status)()
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	var loops sync.WaitGroup
-	loops.Go(func() {
-		if err := server.Serve(ln); !errors.Is(err, nbdexport.ErrServerClosed) {
-			fail(&serveError{err})
-		}
-	})
-	for _, d := range l.moving {
-		if err := c.result("ready %s %s", d.Name, uri(at, d.Name)); err != nil {
-			fail(err)
-		}
-	}
+	x.serve(fail)
 	op.ready()
 	err = f.moveLive(ctx, source, ends.Next, c)
 	op.stopping()
-	end, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
-	defer cancel()
-	if down := server.Shutdown(end); down != nil && !source.HandedOff() { // then its exports refuse the last flush
+	if down := x.end(); down != nil && !source.HandedOff() { // then its exports refuse the last flush
 		err = errors.Join(err, down)
 	}
-	loops.Wait()
 	if err == nil && f.live.after == "remove" && source.HandedOff() && missing(source.Status()) == "" {
 		err = l.remove()
 	}

@@ -123,7 +123,10 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	defer ends.Close() // nothing is under way any more
-	op, err := f.operate.start(ctx, f.control(source), metrics.Sight{
+	op, err := f.operate.start(ctx, control.Options{
+		Role: control.RoleSource, Disks: samples(source.Status), Pace: source,
+		Drain: func() {}, // it ends by itself when all is complete
+	}, metrics.Sight{
 		Disks: source.Status, Path: source.Path, Pace: source,
 	}, certs, c)
 	if err != nil {
@@ -167,12 +170,4 @@ func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Ident
 			"disk", file.Path(), "error", err)
 	}
 	return id, nil
-}
-
-// control says what can be seen of source, and done to it.
-func (f *sourceFlags) control(source *migrate.Source) control.Options {
-	return control.Options{
-		Role: control.RoleSource, Disks: samples(source.Status), Pace: source,
-		Drain: func() {}, // it ends by itself when all is complete
-	}
 }

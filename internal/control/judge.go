@@ -138,7 +138,7 @@ func (r *reading) judge() (state, detail string) {
 		return StateWaitingForDest, ""
 	case r.missing() == 0 && r.precopy():
 		return StateReady, ""
-	case r.missing() == 0 && r.DiskStatus.State == standby:
+	case r.missing() == 0 && r.DiskStatus.State == migrate.StateStandby:
 		return StateStandby, ""
 	case r.missing() == 0:
 		return StateFinishing, ""
@@ -146,7 +146,7 @@ func (r *reading) judge() (state, detail string) {
 		return StatePaused, ""
 	case r.precopy():
 		return r.judgeLive()
-	case r.DiskStatus.State == standby:
+	case r.DiskStatus.State == migrate.StateStandby:
 		return StateStandby, ""
 	case !r.known:
 		return StateStarting, ""

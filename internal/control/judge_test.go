@@ -25,7 +25,7 @@ func TestStatesAreHonest(t *testing.T) {
 	}
 	pass := func(n int, writes int64) *Live { return &Live{Pass: n, WriteRate: writes, LinkRate: 180 * mib} }
 	waits := moving(500*mib, nil)
-	waits.DiskStatus.State = standby
+	waits.DiskStatus.State = migrate.StateStandby
 	for name, c := range map[string]struct {
 		r             reading
 		state, detail string

@@ -135,9 +135,6 @@ type Options struct {
 	Drain func()     // lets the process end once it has finished; nil: that is not known here
 }
 
-// standby is what migrate calls a disk of a dest that is not its own yet.
-const standby = "standby"
-
 // readyTime is how long what is missing of a live disk may take to send for the
 // disk to be called ready.
 const readyTime = time.Second

@@ -29,6 +29,9 @@ var (
 	diskDamaged = desc("disk_damaged_total", "Packets whose contents arrived damaged and were sent again.", "disk")
 
 	sourceSent      = desc("source_sent_bytes_total", "Data that went out, by what for: background, or demand (somebody waits for it).", "disk", "kind")
+	sourcePass      = desc("source_pass", "Pass over what has changed, from 1, of a disk that is in use; 0 of others.", "disk")
+	sourceDirty     = desc("source_dirty_bytes", "What clients have written and the destination does not have, of a disk that is in use.", "disk")
+	sourceWrites    = desc("source_write_bytes_per_second", "What clients write, of a disk that is in use.", "disk")
 	sourceWindow    = desc("source_window_bytes", "How much of the background may be sent and not answered.")
 	sourceInFlight  = desc("source_in_flight_bytes", "How much of the background is sent and not answered.")
 	sourceDelivery  = desc("source_delivery_bytes_per_second", "What the path takes, the best of late; 0 while it is not known.")
@@ -114,6 +117,9 @@ func (s sink) disk(d migrate.DiskStatus, role string) {
 	if role == control.RoleSource {
 		s.counter(sourceSent, float64(d.BytesSent-d.BytesAsked), d.Name, "background")
 		s.counter(sourceSent, float64(d.BytesAsked), d.Name, "demand")
+		s.gauge(sourcePass, float64(d.Pass), d.Name)
+		s.gauge(sourceDirty, float64(d.DirtyBytes), d.Name)
+		s.gauge(sourceWrites, d.WriteRate, d.Name)
 		return
 	}
 	s.counter(destReceived, float64(d.BytesReceived), d.Name)

@@ -162,6 +162,9 @@ func TestDocumentedMetricsAreThereAndTrue(t *testing.T) {
 		`silo_nbd_disk_reconnects_total{disk="vm"}`:                     0,
 		`silo_nbd_source_sent_bytes_total{disk="vm",kind="background"}`: 0,
 		`silo_nbd_source_sent_bytes_total{disk="vm",kind="demand"}`:     64 << 10,
+		`silo_nbd_source_pass{disk="vm"}`:                               0,
+		`silo_nbd_source_dirty_bytes{disk="vm"}`:                        0,
+		`silo_nbd_source_write_bytes_per_second{disk="vm"}`:             0,
 		`silo_nbd_source_paused`:                                        1,
 		`silo_nbd_source_rate_limit_bytes_per_second`:                   5 << 20,
 		`silo_nbd_source_in_flight_bytes`:                               0,
@@ -223,4 +226,15 @@ func TestHostileNameIsALabel(t *testing.T) {
 	all := scrape()
 	require.EqualValues(t, 7, all[`silo_nbd_disk_size_bytes{disk="a?\"\n}"}`])
 	require.EqualValues(t, 8, all[`silo_nbd_disk_size_bytes{disk="b"}`])
+}
+
+// A disk that is in use shows its passes and who is ahead.
+func TestDiskInUseShowsItsPasses(t *testing.T) {
+	scrape := serve(t, Sight{Role: control.RoleSource, Disks: func() []migrate.DiskStatus {
+		return []migrate.DiskStatus{{Name: "vm", Size: size, Pass: 3, DirtyBytes: 128 << 10, WriteRate: 2.5e6, State: migrate.StateConverging}}
+	}})
+	all := scrape()
+	require.EqualValues(t, 3, all[`silo_nbd_source_pass{disk="vm"}`])
+	require.EqualValues(t, 128<<10, all[`silo_nbd_source_dirty_bytes{disk="vm"}`])
+	require.EqualValues(t, 2.5e6, all[`silo_nbd_source_write_bytes_per_second{disk="vm"}`])
 }
