@@ -90,17 +90,17 @@ what), 2 the command line is wrong.`,
 		Args:          cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				return usagef("no command: want source, dest, status, handoff, rate, pause, resume, drain, inspect, verify, demo or version (silo-nbd --help says more)")
+				return usagef("no command: want source, dest, attach, detach, status, handoff, rate, pause, resume, drain, inspect, verify, demo or version (silo-nbd --help says more)")
 			}
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 				return usagef("%q is no command: did you mean %s?", args[0], strings.Join(near, " or "))
 			}
-			return usagef("%q is no command: want source, dest, status, handoff, rate, pause, resume, drain, inspect, verify, demo or version", args[0])
+			return usagef("%q is no command: want source, dest, attach, detach, status, handoff, rate, pause, resume, drain, inspect, verify, demo or version", args[0])
 		},
 	}
 	root.SuggestionsMinimumDistance = 2
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{flagError(err)} })
-	root.AddCommand(newSourceCommand(), newDestCommand(), newVerifyCommand(), newInspectCommand(), newDemoCommand(), newVersionCommand())
+	root.AddCommand(newSourceCommand(), newDestCommand(), newAttachCommand(), newDetachCommand(), newVerifyCommand(), newInspectCommand(), newDemoCommand(), newVersionCommand())
 	root.AddCommand(newStatusCommand(), newHandoffCommand(), newRateCommand(), newPauseCommand(), newResumeCommand(), newDrainCommand())
 	return root
 }

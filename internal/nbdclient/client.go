@@ -134,6 +134,18 @@ func New(ctx context.Context, conn net.Conn, exportName string) (*Client, error)
 // enter is New, after secure, if there is one, has made another connection of
 // conn, in the time of the handshake.
 func enter(ctx context.Context, conn net.Conn, exportName string, secure func() (net.Conn, error)) (*Client, error) {
+	nc, e, err := shake(ctx, conn, exportName, secure)
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{conn: nc, export: e, done: make(chan struct{}), pending: make(map[uint64]*call)}
+	c.wg.Go(c.readLoop)
+	return c, nil
+}
+
+// shake is the handshake, in its time; not a byte behind it is read. When it
+// fails it has closed the connection.
+func shake(ctx context.Context, conn net.Conn, exportName string, secure func() (net.Conn, error)) (net.Conn, export, error) {
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		deadline = time.Now().Add(handshakeTimeout)
@@ -149,12 +161,10 @@ func enter(ctx context.Context, conn net.Conn, exportName string, secure func() 
 	}
 	if err != nil {
 		conn.Close() // its error would hide the one that counts
-		return nil, fmt.Errorf("nbd: %w", err)
+		return nil, export{}, fmt.Errorf("nbd: %w", err)
 	}
 	conn.SetDeadline(time.Time{})
-	c := &Client{conn: nc, export: e, done: make(chan struct{}), pending: make(map[uint64]*call)}
-	c.wg.Go(c.readLoop)
-	return c, nil
+	return nc, e, nil
 }
 
 // Size is the size of the export in bytes.

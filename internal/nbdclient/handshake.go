@@ -59,6 +59,7 @@ var errNames = map[uint32]string{
 type export struct {
 	size       uint64
 	flags      uint16
+	minBlock   uint32 // what offsets and lengths are multiples of, in bytes; 0 if the server did not say
 	maxPayload uint32 // largest READ or WRITE, in bytes; 0 if the server did not say
 }
 
@@ -184,7 +185,7 @@ func readGoReplies(r io.Reader, name string) (export, error) {
 			case info == infoExport && len(data) == 12:
 				e.size, e.flags, seen = binary.BigEndian.Uint64(data[2:]), binary.BigEndian.Uint16(data[10:]), true
 			case info == infoBlockSize && len(data) == 14:
-				e.maxPayload = binary.BigEndian.Uint32(data[10:])
+				e.minBlock, e.maxPayload = binary.BigEndian.Uint32(data[2:]), binary.BigEndian.Uint32(data[10:])
 			}
 		}
 	}

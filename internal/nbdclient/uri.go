@@ -53,3 +53,17 @@ func ParseURI(s string) (Target, error) {
 	}
 	return t, nil
 }
+
+// String is the URI of the target, the same for all ways to write it.
+func (t Target) String() string {
+	u := url.URL{Scheme: "nbd", Host: t.Address, Path: "/" + t.Export}
+	if t.TLS {
+		u.Scheme = "nbds"
+	}
+	if t.Network == "unix" {
+		u.Scheme += "+unix"
+		u.Host = ""
+		return u.Scheme + "://" + u.EscapedPath() + "?" + url.Values{"socket": {t.Address}}.Encode()
+	}
+	return u.String()
+}

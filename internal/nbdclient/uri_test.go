@@ -42,3 +42,20 @@ func TestParseURIRefuses(t *testing.T) {
 	require.False(t, IsURI("/dev/sda"))
 	require.False(t, IsURI("a://b"))
 }
+
+func TestURIOfATarget(t *testing.T) {
+	for in, want := range map[string]string{
+		"nbd://host":                          "nbd://host:10809/",
+		"nbd+tcp://[::1]:99/a/b":              "nbd://[::1]:99/a/b",
+		"nbd+unix:///a%20b?socket=/tmp/x%3Fy": "nbd+unix:///a%20b?socket=%2Ftmp%2Fx%3Fy",
+		"nbds+unix://?x=1&socket=/tmp/n":      "nbds+unix:///?socket=%2Ftmp%2Fn",
+		"nbds://host:1/é":                     "nbds://host:1/%C3%A9",
+	} {
+		first, err := ParseURI(in)
+		require.NoError(t, err)
+		require.Equal(t, want, first.String())
+		again, err := ParseURI(want)
+		require.NoError(t, err)
+		require.Equal(t, first, again)
+	}
+}
