@@ -45,6 +45,7 @@ func TestScripts(t *testing.T) {
 			"port":   cmdPort,
 			"peer":   cmdPeer,
 			"await":  cmdAwait,
+			"until":  cmdUntil,
 			"loop":   cmdLoop,
 
 			"sigterm":  cmdSigterm,
@@ -219,36 +220,36 @@ func cmdAttach(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // cmdNBD reads or writes an export: nbd URI (read|write) OFF TEXT
-// With ! it wants that this fails.
+// With ! it wants that this fails, and with ERROR that it says so: ! nbd URI (read|write) OFF TEXT [ERROR]
 func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 4 {
-		ts.Fatalf("usage: nbd URI (read|write) OFF TEXT")
+	if len(args) != 4 && (!neg || len(args) != 5) {
+		ts.Fatalf("usage: [!] nbd URI (read|write) OFF TEXT [ERROR]")
 	}
 	c := dial(ts, args[0])
 	defer c.Close()
 	off, err := strconv.ParseInt(args[2], 10, 64)
 	ts.Check(err)
+	got := make([]byte, len(args[3]))
+	if args[1] == "write" {
+		_, err = c.WriteAt([]byte(args[3]), off)
+	} else {
+		_, err = c.ReadAt(got, off)
+	}
 	if neg {
-		if args[1] == "write" {
-			_, err = c.WriteAt([]byte(args[3]), off)
-		} else {
-			_, err = c.ReadAt(make([]byte, len(args[3])), off)
-		}
-		if err == nil {
+		switch {
+		case err == nil:
 			ts.Fatalf("%s at %d went well", args[1], off)
+		case len(args) == 5 && !strings.Contains(err.Error(), args[4]):
+			ts.Fatalf("%s at %d: %v, want %q", args[1], off, err, args[4])
 		}
 		ts.Logf("%v", err)
 		return
 	}
+	ts.Check(err)
 	if args[1] == "write" {
-		_, err = c.WriteAt([]byte(args[3]), off)
-		ts.Check(err)
 		ts.Check(c.Flush())
 		return
 	}
-	got := make([]byte, len(args[3]))
-	_, err = c.ReadAt(got, off)
-	ts.Check(err)
 	if string(got) != args[3] {
 		ts.Fatalf("read %q at %d, want %q", got, off, args[3])
 	}
@@ -309,6 +310,21 @@ func cmdAwait(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		if time.Now().After(end) {
 			ts.Fatalf("%s does not hold %q: %s %v", args[0], args[1], b, err)
+		}
+	}
+}
+
+// cmdUntil runs a program again and again until it prints a text: until TEXT program args...
+func cmdUntil(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: until TEXT program args...")
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		err := ts.Exec(args[1], args[2:]...)
+		if out := ts.ReadFile("stdout"); strings.Contains(out, args[0]) {
+			return
+		} else if time.Now().After(end) {
+			ts.Fatalf("%s does not print %q: %s %v", args[1], args[0], out, err)
 		}
 	}
 }
