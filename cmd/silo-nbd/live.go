@@ -97,13 +97,12 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 			err = errors.Join(err, l.Close())
 		}
 	}()
+	if l.files, err = disks.OpenSource(specs, true); err != nil {
+		return l, err
+	}
 	var named []identity.LiveDisk
-	for _, s := range specs {
-		file, err := sources.OpenFile(s.Path, sources.FileOptions{})
-		if err != nil {
-			return l, err
-		}
-		l.files = append(l.files, file)
+	for i, file := range l.files {
+		s := specs[i]
 		path := s.State
 		if path == "" {
 			if path, err = identity.Default(file.Path(), file.IsBlockDevice()); err != nil {

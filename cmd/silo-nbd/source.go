@@ -99,7 +99,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	if err != nil {
 		return err
 	}
-	files, err := disks.OpenSource(specs)
+	files, err := disks.OpenSource(specs, false)
 	if err != nil {
 		return err
 	}

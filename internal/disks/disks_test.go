@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 )
 
@@ -73,7 +74,7 @@ func TestOverwrittenDiskKeepsItsSizeAndIsNotTakenForZero(t *testing.T) {
 				require.NoError(t, err)
 				require.Equal(t, before, string(got))
 				require.NoFileExists(t, dir+"/b.raw"+MapSuffix)
-				_, err = OpenSource(parse(t, dir, "b.raw"))
+				_, err = OpenSource(parse(t, dir, "b.raw"), false)
 				require.ErrorContains(t, err, "in use", "it waits for a source that fits")
 				d, err = set.Open(announce("a", uint64(n)))
 				require.NoError(t, err)
@@ -94,7 +95,7 @@ func TestDiskInUseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 	dir := t.TempDir()
 	file(t, dir+"/a.raw", "12345678")
 	specs := parse(t, dir, "a.raw")
-	files, err := OpenSource(specs)
+	files, err := OpenSource(specs, false)
 	require.NoError(t, err)
 	_, err = OpenDestination(specs, "", true)
 	require.ErrorContains(t, err, "in use")
@@ -102,10 +103,10 @@ func TestDiskInUseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 
 	set, err := OpenDestination(specs, "", true)
 	require.NoError(t, err)
-	_, err = OpenSource(specs)
+	_, err = OpenSource(specs, false)
 	require.ErrorContains(t, err, "in use")
 	require.NoError(t, set.Close())
-	files, err = OpenSource(specs)
+	files, err = OpenSource(specs, false)
 	require.NoError(t, err, "closing lets go of disks that were not asked for")
 	require.NoError(t, files[0].Close())
 }
@@ -204,6 +205,41 @@ func TestDiskThatDoesNotFitItsMapIsRefused(t *testing.T) {
 	}
 }
 
+// TestPartOfADiskIsNoSource is trap D10 after dest has ended: what is missing would
+// be sent as zeroes.
+func TestPartOfADiskIsNoSource(t *testing.T) {
+	dir := t.TempDir()
+	specs := parse(t, dir, "b.raw")
+	set, err := OpenDestination(specs, "", false)
+	require.NoError(t, err)
+	d, err := set.Open(announce("a", 8192))
+	require.NoError(t, err)
+	_, err = OpenSource(specs, false)
+	require.ErrorContains(t, err, "in use")
+	require.NoError(t, d.Close())
+	_, err = OpenSource(specs, false)
+	require.EqualError(t, err, dir+"/b.raw is not whole: dest has received a part of it, as its map "+dir+"/b.raw"+MapSuffix+
+		" says; run dest with it again to get the rest")
+
+	disk, err := OpenDestination(specs, "", false)
+	require.NoError(t, err)
+	d = disk.Resumed()[0]
+	dev, err := lazy.New(d.File, lazy.Options{Map: d.Map})
+	require.NoError(t, err)
+	require.NoError(t, dev.GoLive())
+	require.NoError(t, dev.ZeroAtContext(t.Context(), 0, 8192, false))
+	require.NoError(t, dev.Complete())
+	require.NoError(t, dev.Close())
+	require.NoError(t, d.Close())
+	files, err := OpenSource(specs, false)
+	require.NoError(t, err, "complete: a plain disk")
+	require.NoError(t, files[0].Close())
+
+	require.NoError(t, os.WriteFile(dir+"/b.raw"+MapSuffix, []byte("silo-map, once"), 0o600))
+	_, err = OpenSource(specs, false)
+	require.ErrorContains(t, err, "nobody can say whether")
+}
+
 func TestOverwriteBeginsAnewWithItsOwnMap(t *testing.T) {
 	dir := t.TempDir()
 	specs := parse(t, dir, "b.raw")
@@ -257,7 +293,7 @@ func TestBadDisksAreRefused(t *testing.T) {
 		"empty.raw":   "empty",
 		".":           "directory",
 	} {
-		_, err := OpenSource(parse(t, dir, "n="+flag))
+		_, err := OpenSource(parse(t, dir, "n="+flag), false)
 		require.ErrorContains(t, err, want, flag)
 	}
 	_, err := OpenDestination(parse(t, dir, "n=."), "", true)
@@ -273,7 +309,7 @@ func TestBadDisksAreRefused(t *testing.T) {
 func TestSourceOpensAllOrNone(t *testing.T) {
 	dir := t.TempDir()
 	file(t, dir+"/a.raw", "12345678")
-	_, err := OpenSource(parse(t, dir, "a.raw", "b.raw"))
+	_, err := OpenSource(parse(t, dir, "a.raw", "b.raw"), false)
 	require.Error(t, err)
 	set, err := OpenDestination(parse(t, dir, "a.raw"), "", true)
 	require.NoError(t, err, "the first disk must not stay locked")

@@ -2,12 +2,16 @@ package disks
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
-// OpenSource opens disks to be read only, all of them or none.
-func OpenSource(specs []Spec) (files []*sources.File, err error) {
+// OpenSource opens disks to send, to be read only or written to as well, all of
+// them or none. A disk of which dest has received only a part is none to send.
+func OpenSource(specs []Spec, write bool) (files []*sources.File, err error) {
 	defer func() {
 		if err == nil {
 			return
@@ -18,11 +22,30 @@ func OpenSource(specs []Spec) (files []*sources.File, err error) {
 		files = nil
 	}()
 	for _, s := range specs {
-		f, err := sources.OpenFile(s.Path, sources.FileOptions{ReadOnly: true})
+		f, err := sources.OpenFile(s.Path, sources.FileOptions{ReadOnly: !write})
 		if err != nil {
 			return files, err
 		}
 		files = append(files, f)
+		if err := whole(s.Path); err != nil {
+			return files, err
+		}
 	}
 	return files, nil
+}
+
+// whole says why a disk is not one that can be sent on: its map says that a part
+// of it is missing. That of a block device lies elsewhere.
+func whole(path string) error {
+	at := path + MapSuffix
+	i, err := lazy.Inspect(at)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("nobody can say whether %s is whole: %w; if it is, and only then, move its map away", path, err)
+	case i.State != lazy.MapComplete:
+		return fmt.Errorf("%s is not whole: dest has received a part of it, as its map %s says; run dest with it again to get the rest", path, at)
+	}
+	return nil
 }

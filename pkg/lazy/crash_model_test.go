@@ -440,7 +440,7 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 	}
 	begin, lives, complete := time.Now(), 0, 0
 	n := 0
-	for ; n < rounds && !(t.Failed() || *flagRounds == 1500 && time.Since(begin) > 20*time.Second); n++ {
+	for ; n < rounds && !(t.Failed() || *flagRounds == 1500 && time.Since(begin) > 40*time.Second); n++ {
 		seed := *flagSeed + uint64(n)
 		r := rand.New(rand.NewPCG(seed, 11))
 		m := newCrashModel(t, r)
