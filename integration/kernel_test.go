@@ -14,9 +14,9 @@ import (
 const kernelScript = `
 fail() { echo "FAILED: $*"; cat /tmp/*.log; exit 1; }
 modprobe nbd && modprobe loop || fail 'no module'
-silo-nbd source --disk disk=/dev/vda --listen unix:///tmp/s --rate 3MiB 2>/tmp/source.log &
+silo-nbd source --disk disk=/dev/vda --state /tmp/state --listen unix:///tmp/s --rate 3MiB 2>/tmp/source.log &
 source=$!
-until [ -S /tmp/s ]; do sleep 0.1; done
+until [ -S /tmp/s ]; do sleep 0.1; kill -0 $source || fail 'source has ended'; done
 silo-nbd dest --disk /tmp/copy.raw --connect unix:///tmp/s --nbd unix:///tmp/n >/tmp/ready 2>/tmp/dest.log &
 dest=$!
 until grep -q ^ready /tmp/ready; do sleep 0.1; kill -0 $dest || fail 'dest has ended'; done
