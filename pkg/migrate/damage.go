@@ -95,17 +95,18 @@ func (p *pump) again(s span) {
 
 // awaitPeer waits until the other side has said that it is one of ours. A plain
 // Silo never does: that is what one is taken for that says nothing for a moment,
-// unless it was ours before.
+// or for long where there was one of ours before. One of ours that is taken for
+// a plain one refuses what it gets, and gets it again.
 func (p *pump) awaitPeer(ctx context.Context) error {
-	var late <-chan time.Time
-	if !p.counts.ours.Load() {
-		t := time.NewTimer(plainPatience)
-		defer t.Stop()
-		late = t.C
+	patience := plainPatience
+	if p.counts.ours.Load() {
+		patience = greetTimeout
 	}
+	late := time.NewTimer(patience)
+	defer late.Stop()
 	select {
 	case <-p.to.PeerKnown():
-	case <-late:
+	case <-late.C:
 	case <-p.failed:
 		return p.err
 	case <-ctx.Done():

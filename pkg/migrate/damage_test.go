@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -242,5 +243,46 @@ func TestDamageIsToldOnceABurst(t *testing.T) {
 		require.EqualValues(t, 1101, d.count(), "neither ended a connection because of its bytes")
 		d.noteEnd(log, "a", fmt.Errorf("a packet: %w", wire.ErrChecksum))
 		require.EqualValues(t, 1102, d.count())
+	})
+}
+
+// mute is a peer that takes what it gets and never says who it is.
+type mute struct{ sent chan struct{} }
+
+func (m mute) StartWrite(_ protocol.Priority, _ []byte, _ int64, c protocol.Completion) error {
+	notify(m.sent)
+	c.Complete(nil)
+	return nil
+}
+
+func (m mute) StartZero(_ protocol.Priority, _, _ int64, c protocol.Completion) error {
+	c.Complete(nil)
+	return nil
+}
+
+func (m mute) PeerKnown() <-chan struct{} { return nil }
+
+func (m mute) Peer() (wire.Extension, bool) { return wire.Extension{}, false }
+
+// A plain Silo that takes over from one of ours is waited for, and not for ever.
+func TestPlainPeerAfterOneOfOursGetsTheBackground(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := testDisk(t, 1<<20, 1)
+		geo, err := newGeometry(1<<20, 4096)
+		require.NoError(t, err)
+		var c counters
+		c.ours.Store(true)
+		m := mute{make(chan struct{}, 1)}
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		p := newPump(SourceDisk{Name: "disk", Store: store}, newOrder(geo), m, newWindow(4096, 24), newThrottle(4096, 0), &c, func() {}, logger(nil))
+		began := time.Now()
+		go func() { _ = p.bulkLoop(ctx) }()
+		select {
+		case <-m.sent:
+			require.Equal(t, greetTimeout, time.Since(began))
+		case <-time.After(time.Hour):
+			t.Error("nothing was sent in an hour")
+		}
 	})
 }
