@@ -13,15 +13,16 @@ type load struct {
 	name   string
 	rw, bs string
 	depth  int
+	fsync  int // a flush after so many writes; 0: none
 }
 
 var loads = []load{
-	{"4 KiB random reads, depth 1", "randread", "4k", 1},
-	{"4 KiB random reads, depth 32", "randread", "4k", 32},
-	{"4 KiB random writes, depth 1", "randwrite", "4k", 1},
-	{"4 KiB random writes, depth 32", "randwrite", "4k", 32},
-	{"1 MiB sequential reads, depth 8", "read", "1m", 8},
-	{"1 MiB sequential writes, depth 8", "write", "1m", 8},
+	{"4 KiB random reads, depth 1", "randread", "4k", 1, 0},
+	{"4 KiB random reads, depth 32", "randread", "4k", 32, 0},
+	{"4 KiB random writes, depth 1", "randwrite", "4k", 1, 0},
+	{"4 KiB random writes, depth 32", "randwrite", "4k", 32, 0},
+	{"1 MiB sequential reads, depth 8", "read", "1m", 8, 0},
+	{"1 MiB sequential writes, depth 8", "write", "1m", 8, 0},
 }
 
 // connections are how many clients a load has; each has a connection of its own.

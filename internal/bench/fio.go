@@ -32,7 +32,7 @@ func fio(ctx context.Context, uri string, l load, conns int, lasts time.Duration
 	defer cancel()
 	out, _, err := output(ctx, "fio", "--name=load", "--ioengine=nbd", "--uri="+uri, "--rw="+l.rw, "--bs="+l.bs,
 		fmt.Sprintf("--iodepth=%d", l.depth), fmt.Sprintf("--numjobs=%d", conns), "--group_reporting", "--time_based",
-		fmt.Sprintf("--runtime=%dms", lasts.Milliseconds()), "--norandommap", "--randrepeat=0", "--fallocate=none",
+		fmt.Sprintf("--fsync=%d", l.fsync), fmt.Sprintf("--runtime=%dms", lasts.Milliseconds()), "--norandommap", "--randrepeat=0", "--fallocate=none",
 		"--output-format=json")
 	if err != nil {
 		return fioResult{}, err

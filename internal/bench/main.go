@@ -37,6 +37,7 @@ var parts = []part{
 	{"stream", "file to file over loopback TCP, one connection, against a bare loop of the same copies and nbdcopy", streamPart},
 	{"demand", "reads of missing blocks while the stream fills the wire, against the same with the stream idle", demandPart},
 	{"export", "the export with all blocks local, over a unix socket, against nbdkit file and qemu-nbd", exportPart},
+	{"durable", "writes with and without flushes to a disk most of which is missing, on a real disk, against nbdkit with a new file", durablePart},
 	{"waits", "reads of local blocks beside reads that wait for missing ones on the same connection, against the same without", waitsPart},
 	{"order", "cost a block of moving empty disks of different size", orderPart},
 	{"startup", "from the start of dest to the first byte read, and its memory", startupPart},
