@@ -40,8 +40,16 @@ func (w *world) guestLoop(g *guest, writer int64, pause time.Duration) {
 	rnd := rand.New(rand.NewPCG(g.seed, uint64(writer)+100))
 	size := int64(len(g.want))
 	hot := rnd.Int64N(size / chunk / 2)
-	began := time.Now()
+	began, looked := time.Now(), false
 	for seq := uint64(1); ; seq++ {
+		if !looked && w.hasMoved(g) { // before much is written over
+			looked = true
+			for off := writer * chunk; off < size; off += 2 * chunk {
+				if !w.check(g, off, chunk) {
+					return
+				}
+			}
+		}
 		n := rnd.Int64N(size / chunk / 2)
 		if rnd.IntN(2) == 0 {
 			n = hot
@@ -81,6 +89,12 @@ func (w *world) guestLoop(g *guest, writer int64, pause time.Duration) {
 		case <-w.ctx.Done():
 		}
 	}
+}
+
+func (w *world) hasMoved(g *guest) bool {
+	w.model.Lock()
+	defer w.model.Unlock()
+	return w.moved[g.name]
 }
 
 func (w *world) wrote(g *guest, p []byte, off int64) {
