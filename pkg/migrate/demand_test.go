@@ -62,7 +62,7 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 		buf := make([]byte, 4096)
 		own := time.Duration(float64(DefaultBlockSize) / rate * float64(time.Second))
 		var worst time.Duration
-		for i := range 100 {
+		for i := range 60 {
 			off := int64(size) - int64(i+1)*3*DefaultBlockSize
 			at := time.Now()
 			_, err := dev.ReadAt(buf, off)
@@ -70,7 +70,6 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 			worst = max(worst, time.Since(at))
 			_, err = other.ReadAt(buf, off)
 			require.NoError(t, err)
-			_ = want
 		}
 		t.Logf("one block takes %v, the slowest read took %v", own, worst)
 		require.Less(t, worst, 8*own)
