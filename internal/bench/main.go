@@ -39,6 +39,8 @@ var parts = []part{
 	{"export", "the export with all blocks local, over a unix socket, against nbdkit file and qemu-nbd", exportPart},
 	{"durable", "writes with and without flushes to a disk most of which is missing, on a real disk, against nbdkit with a new file", durablePart},
 	{"waits", "reads of local blocks beside reads that wait for missing ones on the same connection, against the same without", waitsPart},
+	{"handoff", "how long a writer waits in a handoff, of disks more or less of which is dirty", handoffPart},
+	{"live", "4 KiB random writes at a source, alone and in the first pass, against nbdkit file", livePart},
 	{"order", "cost a block of moving empty disks of different size", orderPart},
 	{"startup", "from the start of dest to the first byte read, and its memory", startupPart},
 }
