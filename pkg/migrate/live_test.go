@@ -43,7 +43,7 @@ func (w *steadyWriter) run(t *testing.T, ctx context.Context, first *Tracker, se
 			dev = second()
 			_, err = dev.WriteAtContext(ctx, p, off)
 		}
-		if ctx.Err() != nil {
+		if err != nil && ctx.Err() != nil {
 			return
 		}
 		require.NoError(t, err)
