@@ -264,7 +264,10 @@ func (c *Client) Close() error {
 	if first {
 		c.conn.SetWriteDeadline(time.Now().Add(time.Second)) // a server that does not read must not hold us
 		c.send(cmdDisc, 0, 0, 0, 0, nil)                     // a courtesy: the connection closes either way
-		err = c.conn.Close()
+		// The server may have hung up first, and whoever reads has closed then.
+		if err = c.conn.Close(); errors.Is(err, net.ErrClosed) {
+			err = nil
+		}
 	}
 	c.wg.Wait()
 	return err
