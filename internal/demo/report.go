@@ -56,7 +56,7 @@ func (s *stage) claims() []claim {
 		}, {
 			"a waiting read overtakes the stream",
 			fmt.Sprintf("%d reads with the link %.0f %% full: %s", len(r.reads), 100*r.linkUse, r.reads),
-			len(r.reads) > 0 && r.reads.quantile(0.5) < soon,
+			len(r.reads) > 0 && r.reads.quantile(0.99) < soon,
 		}, {
 			"writes meanwhile",
 			fmt.Sprintf("%d: %s", len(r.writes), r.writes),
