@@ -122,6 +122,16 @@ func (p *ProtocolRW) deafPeer(err error) bool {
 	return true
 }
 
+// unheard returns why the connection ended, at its end, if nothing is written any
+// more. It is for packets without an answer that could tell.
+func (p *ProtocolRW) unheard() error {
+	if !p.sender.deaf.Load() {
+		return nil
+	}
+	<-p.done
+	return p.err
+}
+
 // receivesLocked says whether a device is the peer's.
 func (p *ProtocolRW) receivesLocked() bool {
 	for _, d := range p.devices {

@@ -59,7 +59,7 @@ func (t *ToProtocol) SendHashes(ctx context.Context, hashes []wire.Hash) error {
 }
 
 // RemoveDev tells the destination that nothing more comes for the device. It
-// has no answer.
+// has no answer: nil says that it was handed to a connection that still lives.
 func (t *ToProtocol) RemoveDev() error {
 	if err := t.ready(); err != nil {
 		return err
@@ -68,7 +68,10 @@ func (t *ToProtocol) RemoveDev() error {
 	if err != nil {
 		return err
 	}
-	return t.p.send(PriorityUrgent, t.dev, t.p.calls.id(), packet, nil)
+	if err := t.p.send(PriorityUrgent, t.dev, t.p.calls.id(), packet, nil); err != nil {
+		return err
+	}
+	return t.p.unheard()
 }
 
 // roundTrip sends a request and waits for its answer, as long as ctx lets it.
