@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/silo-nbd/silo-nbd/internal/quick"
 )
 
 // Dial connects to a. TCP connections come tuned.
@@ -28,7 +30,7 @@ func (a Addr) Dial(ctx context.Context) (net.Conn, error) {
 		c.Close() // the error to report is the one before
 		return nil, fmt.Errorf("connect to %v: %w", a, err)
 	}
-	return c, nil
+	return quick.New(c), nil
 }
 
 // Listen listens on a. Accepted TCP connections come tuned. The file of a unix
@@ -68,10 +70,7 @@ func (a Addr) ListenPrivate(ctx context.Context) (net.Listener, error) {
 // Adopt makes a listener that was opened by somebody else like one of Listen,
 // but for its file, which stays when it is closed.
 func Adopt(ln net.Listener) net.Listener {
-	if _, ok := ln.(*net.TCPListener); ok {
-		return tunedListener{ln}
-	}
-	return ln
+	return tunedListener{ln}
 }
 
 type tunedListener struct{ net.Listener }
@@ -84,7 +83,7 @@ func (l tunedListener) Accept() (net.Conn, error) {
 	// A connection that cannot be tuned has already been reset: whoever reads
 	// it will hear of that.
 	_ = Tune(c)
-	return c, nil
+	return quick.New(c), nil
 }
 
 func (a Addr) listenUnix(ctx context.Context, lc net.ListenConfig) (net.Listener, error) {
@@ -140,6 +139,15 @@ func (a Addr) removeStale(ctx context.Context) error {
 		return fmt.Errorf("%w: another program's socket lies there: choose another path", syscall.EADDRINUSE)
 	}
 	return reason(err)
+}
+
+// Accept implements net.Listener.
+func (l *unixListener) Accept() (net.Conn, error) {
+	c, err := l.UnixListener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return quick.New(c), nil
 }
 
 // unixListener removes its socket's file when it is closed, if it is still its own.

@@ -41,7 +41,7 @@ func connect(t *testing.T, ln net.Listener) (dialed, accepted net.Conn) {
 
 func requireTuned(t *testing.T, c net.Conn) {
 	t.Helper()
-	raw, err := c.(*net.TCPConn).SyscallConn()
+	raw, err := c.(syscall.Conn).SyscallConn()
 	require.NoError(t, err)
 	err = raw.Control(func(fd uintptr) {
 		for _, o := range []struct{ level, name, want int }{

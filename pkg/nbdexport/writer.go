@@ -5,18 +5,31 @@ import "net"
 // writer sends replies. It belongs to whoever has set conn.writing.
 type writer struct {
 	nc      net.Conn
-	vectors bool // nc takes many slices in one system call
+	vectors buffersWriter // nc, if it takes many slices in one system call
 	batch   []*request
 	slices  [][]byte    // of the batch
 	rest    net.Buffers // the part of slices that is not sent yet
 	joined  []byte      // small slices put together, for an nc without vectors
 }
 
+// buffersWriter is a connection that takes many slices in one system call.
+type buffersWriter interface {
+	// WriteBuffers writes v, with the contract of net.Buffers.WriteTo.
+	WriteBuffers(v *net.Buffers) (int64, error)
+}
+
+// vectored is a socket as the standard library makes it.
+type vectored struct{ net.Conn }
+
+func (c vectored) WriteBuffers(v *net.Buffers) (int64, error) { return v.WriteTo(c.Conn) }
+
 func (w *writer) init(nc net.Conn) {
 	w.nc = nc
-	switch nc.(type) {
+	switch c := nc.(type) {
+	case buffersWriter:
+		w.vectors = c
 	case *net.TCPConn, *net.UnixConn:
-		w.vectors = true
+		w.vectors = vectored{nc}
 	}
 }
 
@@ -31,9 +44,9 @@ func (w *writer) write() error {
 		_, err := w.nc.Write(w.slices[0])
 		return err
 	}
-	if w.vectors {
+	if w.vectors != nil {
 		w.rest = w.slices
-		_, err := w.rest.WriteTo(w.nc)
+		_, err := w.vectors.WriteBuffers(&w.rest)
 		return err
 	}
 	w.joined = w.joined[:0]

@@ -24,9 +24,10 @@ const (
 // packets first, but not for ever: somebody may have asked for a block that is
 // on its way as bulk data. It is no mutex, since it is held over the write.
 type sender struct {
-	w      io.Writer
-	wanted atomic.Bool // the peer takes checked packets
-	deaf   atomic.Bool // nobody listens: what would be written is let go
+	w       io.Writer
+	vectors buffersWriter // w, if it is one
+	wanted  atomic.Bool   // the peer takes checked packets
+	deaf    atomic.Bool   // nobody listens: what would be written is let go
 
 	mu     sync.Mutex
 	urgent sync.Cond
@@ -46,8 +47,16 @@ type sender struct {
 	bufs     net.Buffers
 }
 
+// buffersWriter is a connection with its own way to write many slices in one
+// system call.
+type buffersWriter interface {
+	// WriteBuffers writes v, with the contract of net.Buffers.WriteTo.
+	WriteBuffers(v *net.Buffers) (int64, error)
+}
+
 func (s *sender) init(w io.Writer) {
 	s.w = w
+	s.vectors, _ = w.(buffersWriter)
 	s.urgent.L, s.bulk.L = &s.mu, &s.mu
 	s.head = make([]byte, 0, maxCoalesced+maxSmall)
 }
@@ -123,7 +132,12 @@ func (s *sender) writePacket(h wire.Header, first, payload []byte, sum uint32) e
 	}
 	s.vec = [2][]byte{s.head, payload}
 	s.bufs = s.vec[:]
-	_, err := s.bufs.WriteTo(s.w) // writev, where w is a socket
+	var err error
+	if s.vectors != nil {
+		_, err = s.vectors.WriteBuffers(&s.bufs)
+	} else {
+		_, err = s.bufs.WriteTo(s.w) // writev, where w is a socket
+	}
 	s.vec = [2][]byte{}
 	return err
 }

@@ -29,9 +29,10 @@ type File struct {
 	path    string
 	file    *os.File
 	raw     syscall.RawConn // of file
-	size    int64           // of the storage
-	room    int64           // of the file or device, when it was opened
-	block   *blockDevice    // nil: a regular file
+	quick   quick
+	size    int64        // of the storage
+	room    int64        // of the file or device, when it was opened
+	block   *blockDevice // nil: a regular file
 	created bool
 	rdonly  bool
 
@@ -140,6 +141,7 @@ func newFile(path string, file *os.File, o FileOptions) (*File, error) {
 		return nil, err
 	}
 	f := &File{path: path, file: file, raw: raw, rdonly: o.ReadOnly, room: info.Size()}
+	f.quick.init(raw, info.Mode().IsRegular())
 	f.flusher.init(f.fdatasync)
 	if err := lock(raw, !o.ReadOnly, isBlockDevice(info)); err != nil {
 		return nil, err
@@ -245,7 +247,12 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	if want == 0 {
 		return 0, end
 	}
-	n, err := f.file.ReadAt(p[:want], off)
+	n := f.quick.read(p[:want], off)
+	if n == want {
+		return n, end
+	}
+	rest, err := f.file.ReadAt(p[n:want], off+int64(n))
+	n += rest
 	switch {
 	case n == want:
 		return n, end
@@ -261,7 +268,12 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := f.mayWrite("write", off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	n, err := f.file.WriteAt(p, off)
+	n := f.quick.write(p, off)
+	if n == len(p) {
+		return n, nil
+	}
+	rest, err := f.file.WriteAt(p[n:], off+int64(n))
+	n += rest
 	if err != nil {
 		return n, f.opError("write", off, int64(len(p)), err)
 	}

@@ -217,19 +217,6 @@ func TestShrunkFileIsAnErrorNotAnEnd(t *testing.T) {
 	require.EqualError(t, err, path+": read of 8192 bytes at 0: the file has become shorter than it was when it was opened")
 }
 
-func TestFileUseAllocatesNothing(t *testing.T) {
-	f := create(t, filepath.Join(t.TempDir(), "disk"), 1<<20)
-	p := make([]byte, 64<<10)
-	require.Zero(t, testing.AllocsPerRun(20, func() {
-		if _, err := f.WriteAt(p, 4096); err != nil {
-			t.Error(err)
-		}
-		if _, err := f.ReadAt(p, 4096); err != nil {
-			t.Error(err)
-		}
-	}))
-}
-
 func TestErrorsAfterCloseSayClosed(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "disk"), 4096)
 	require.NoError(t, f.Close())
