@@ -205,7 +205,7 @@ func (w *world) end() {
 
 func (w *world) compare() {
 	for _, g := range w.guests {
-		d := w.disks[g.name]
+		d, _ := w.part(g.name)
 		if !bytes.Equal(g.want, d.cache) {
 			for i := range g.want {
 				if g.want[i] != d.cache[i] {

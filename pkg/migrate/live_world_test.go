@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"path/filepath"
@@ -151,7 +152,7 @@ func (d *volatileDisk) fail(rnd *rand.Rand) *volatileDisk {
 	defer d.mu.Unlock()
 	d.dead = true
 	next := newVolatileDisk(int64(len(d.cache)))
-	for s := range d.fresh {
+	for _, s := range slices.Sorted(maps.Keys(d.fresh)) { // a seed cuts the same way each time
 		if rnd.IntN(2) == 0 {
 			from, to := s*512, min(s*512+512, int64(len(d.cache)))
 			copy(d.durable[from:to], d.cache[from:to])
@@ -219,8 +220,6 @@ type world struct {
 	src   *Source
 	trs   map[string]*Tracker
 	dst   *Destination
-	disks map[string]*volatileDisk // of the destination
-	devs  map[string]*lazy.Device
 	moved map[string]bool // the guest uses the destination
 
 	srcCtx, dstCtx   context.Context
@@ -229,6 +228,11 @@ type world struct {
 	dstDone          chan error
 
 	model sync.Mutex // guards want and moved
+
+	parts sync.Mutex
+	// Guarded by parts, since a source may bring a disk at any time:
+	disks map[string]*volatileDisk // of the destination
+	devs  map[string]*lazy.Device
 }
 
 // lifeLock is a sync.RWMutex that does not keep the test's clock from going on.
@@ -358,12 +362,13 @@ func (w *world) mapPath(name string) string { return filepath.Join(w.dir, name+"
 
 // startDest starts the destination with what is there. The caller holds life.
 func (w *world) startDest() {
+	w.parts.Lock()
 	w.devs = make(map[string]*lazy.Device)
+	w.parts.Unlock()
 	ready := make(map[string]chan struct{})
 	for _, g := range w.guests {
 		ready[g.name] = make(chan struct{})
 	}
-	var mu sync.Mutex
 	dst, err := NewDestination(DestinationOptions{
 		Disks: len(w.guests), Listening: true,
 		Open: func(a Announcement) (DestinationDisk, error) {
@@ -373,14 +378,15 @@ func (w *world) startDest() {
 			if err != nil {
 				return DestinationDisk{}, err
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			w.disks[a.Name] = newVolatileDisk(int64(a.Size))
-			return DestinationDisk{Store: w.disks[a.Name], KnownZero: true, Map: m}, nil
+			d := newVolatileDisk(int64(a.Size))
+			w.parts.Lock()
+			defer w.parts.Unlock()
+			w.disks[a.Name] = d
+			return DestinationDisk{Store: d, KnownZero: true, Map: m}, nil
 		},
 		Ready: func(name string, dev *lazy.Device) error {
-			mu.Lock()
-			defer mu.Unlock()
+			w.parts.Lock()
+			defer w.parts.Unlock()
 			w.devs[name] = dev
 			close(ready[name])
 			return nil
@@ -393,7 +399,8 @@ func (w *world) startDest() {
 		if err != nil {
 			continue // it has not come so far
 		}
-		require.NoError(w.t, dst.Resume(g.name, DestinationDisk{Store: w.disks[g.name], Map: m}))
+		d, _ := w.part(g.name)
+		require.NoError(w.t, dst.Resume(g.name, DestinationDisk{Store: d, Map: m}))
 	}
 	ctx, stop := context.WithCancel(w.ctx)
 	done := make(chan error, 1)
@@ -407,14 +414,12 @@ func (w *world) killDest() {
 	w.life.Lock()
 	defer w.life.Unlock()
 	for _, g := range w.guests {
-		if dev := w.devs[g.name]; dev != nil && w.moved[g.name] {
+		if _, dev := w.part(g.name); dev != nil && w.moved[g.name] {
 			require.NoError(w.t, dev.Sync())
 		}
 	}
 	fresh := make(map[string]*volatileDisk)
-	for name, d := range w.disks {
-		fresh[name] = d.fail(w.rnd)
-	}
+	w.powerOff(fresh)
 	w.dstStop()
 	select {
 	case <-w.dstDone:
@@ -422,8 +427,28 @@ func (w *world) killDest() {
 		w.t.Fatal("the destination does not end")
 	}
 	_ = w.dst.Close() // fails, since the power is gone
+	w.powerOff(fresh) // of what the source has brought since
+	w.parts.Lock()
 	w.disks = fresh
+	w.parts.Unlock()
 	w.startDest()
+}
+
+// powerOff cuts the power of the disks that are not in fresh, in their order,
+// and adds what is found when it is back.
+func (w *world) powerOff(fresh map[string]*volatileDisk) {
+	for _, g := range w.guests {
+		if d, _ := w.part(g.name); d != nil && fresh[g.name] == nil {
+			fresh[g.name] = d.fail(w.rnd)
+		}
+	}
+}
+
+// part is a disk of the destination and its device, as far as they are there.
+func (w *world) part(name string) (*volatileDisk, *lazy.Device) {
+	w.parts.Lock()
+	defer w.parts.Unlock()
+	return w.disks[name], w.devs[name]
 }
 
 // write does one write of the guest, wherever the disk is by then. It is false
@@ -460,7 +485,7 @@ func (w *world) try(g *guest, do func(ctx context.Context, d blockDevice) error,
 		}
 		return false
 	}
-	dev := w.devs[g.name]
+	_, dev := w.part(g.name)
 	if dev == nil {
 		return false
 	}
