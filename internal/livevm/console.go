@@ -27,6 +27,7 @@ type console struct {
 // before the guest says that it was.
 type seen struct {
 	last   int64 // the number of the last record; 0: none
+	count  int64 // how many there were; the machine of a snapshot begins with another than 1
 	at     time.Time
 	where  int   // the machine that said so, 0 or 1
 	before int64 // the last record at the source
@@ -78,12 +79,12 @@ func (c *console) lineLocked(where int, now time.Time, line string) {
 	var n, own int64
 	switch {
 	case scan(line, "r %d %d", &n, &own):
-		if n != s.last+1 {
+		if s.count++; n != s.last+1 && s.count > 1 {
 			c.bad = append(c.bad, fmt.Sprintf("record %d came after record %d", n, s.last))
 		}
 		g := gap{now.Sub(s.at), time.Duration(own) * time.Microsecond}
 		switch {
-		case s.last == 0: // there was none before
+		case s.count == 1: // there was none before
 		case where == 0:
 			s.atSource.grow(g)
 		case s.where == 0:

@@ -18,8 +18,8 @@ type machine struct {
 	qmp *qmp.Client
 }
 
-// machine starts a QEMU whose disk is the export at socket.
-func (m *move) machine(ctx context.Context, name string, where int, socket string, more ...string) (*machine, error) {
+// machine starts a QEMU with a disk that is told as QEMU's -blockdev wants it.
+func (m *move) machine(ctx context.Context, name string, where int, disk string, more ...string) (*machine, error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "unix", m.path(name+".qmp")) // QEMU calls us: nobody has to ask when it listens
 	if err != nil {
@@ -32,7 +32,9 @@ func (m *move) machine(ctx context.Context, name string, where int, socket strin
 		"-kernel", m.o.Kernel, "-initrd", m.path("initrd"), "-append", "console=ttyS1,115200 loglevel=4 panic=-1",
 		"-serial", "stdio", "-serial", "file:" + m.path(name+".console"),
 		"-chardev", "socket,id=qmp,path=" + m.path(name+".qmp"), "-mon", "chardev=qmp,mode=control",
-		"-blockdev", "driver=nbd,node-name=disk,export=vm,server.type=unix,server.path=" + socket,
+		"-blockdev", "node-name=disk," + disk,
+		// Without a geometry QEMU reads a partition table at its start. At the destination that read is answered only
+		// after the handoff, and QEMU is deaf till then.
 		"-device", "virtio-blk-pci,drive=disk,cyls=1024,heads=16,secs=32",
 	}, more...)
 	p, err := m.launch(name, func(out io.Reader) { m.console.readLoop(where, out) }, "qemu-system-x86_64", args...)

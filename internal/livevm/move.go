@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -26,6 +27,7 @@ type Options struct {
 	Initrd  string // base.cpio of scripts/guest
 	Guest   string // the program internal/livevm/guest, static
 	Dir     string // where the files of the move lie; it stays
+	From    string // the Dir of a Snapshot with the same Size, Cold, Memory and so on; empty: the machine is booted
 
 	Size   int64         // of the disk, in bytes
 	Cold   int64         // bytes of it that nobody writes, and that are not zero
@@ -45,6 +47,15 @@ func Defaults() Options {
 		Size: 256 << 20, Cold: 96 << 20, Memory: 160, Accel: "tcg", CPU: "max", Rate: "40MiB",
 		Pause: 2 * time.Millisecond, Before: 2 * time.Second, After: time.Second, Limit: 5 * time.Minute,
 	}
+}
+
+// Image takes kernel and initramfs from the directory that scripts/guest --prepare names.
+func (o *Options) Image(dir string) {
+	o.Kernel, o.Initrd = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "base.cpio")
+}
+
+func (o *Options) within(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, o.Limit, fmt.Errorf("it is not done after %v", o.Limit))
 }
 
 // Tools are the programs of others that a move needs.
@@ -69,7 +80,7 @@ type move struct {
 
 // Move moves a machine once. The error is the first thing that was not as it has to be; the report is what is known then.
 func Move(ctx context.Context, o Options) (r Report, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, o.Limit, fmt.Errorf("the move is not done after %v", o.Limit))
+	ctx, cancel := o.within(ctx)
 	defer cancel()
 	m := &move{o: o, dir: o.Dir, console: newConsole()}
 	defer func() {
@@ -101,6 +112,9 @@ func (m *move) close() error {
 
 // makeDisk makes a file system with one file that nobody will write.
 func (m *move) makeDisk(ctx context.Context) error {
+	if m.o.From != "" {
+		return m.takeSnapshot(ctx)
+	}
 	if err := os.Mkdir(m.path("root"), 0o755); err != nil {
 		return err
 	}
@@ -129,14 +143,32 @@ func (m *move) boot(ctx context.Context) (err error) {
 		"--control", m.path("source.ctl"), "--handoff", "manual", "--rate", m.o.Rate); err != nil {
 		return err
 	}
+	if err := m.makeInitrd(); err != nil {
+		return err
+	}
+	if m.o.From == "" {
+		if m.old, err = m.machine(ctx, "old", 0, m.export("source.nbd")); err != nil {
+			return err
+		}
+		return m.warm(ctx)
+	}
+	if m.old, err = m.machine(ctx, "old", 0, m.export("source.nbd"), "-incoming", "defer"); err != nil {
+		return err
+	}
+	if err := m.restore(ctx); err != nil {
+		return err
+	}
+	return m.warm(ctx)
+}
+
+func (m *move) makeInitrd() error {
 	args := fmt.Sprintf("%08x %v", m.sum, m.o.Pause)
-	if err := makeInitrd(m.path("initrd"), m.o.Initrd, m.o.Guest, args); err != nil {
-		return err
-	}
-	if m.old, err = m.machine(ctx, "old", 0, m.path("source.nbd")); err != nil {
-		return err
-	}
-	return m.console.await(ctx, m.old.process, "the first records", func(c *console) bool { return c.seen.last >= warmUp })
+	return makeInitrd(m.path("initrd"), m.o.Initrd, m.o.Guest, args)
+}
+
+// warm waits until the guest has written for a while.
+func (m *move) warm(ctx context.Context) error {
+	return m.console.await(ctx, m.old.process, "the first records", func(c *console) bool { return c.seen.count >= warmUp })
 }
 
 // attach starts dest, and on its export the machine that waits for the memory: all before the handoff.
@@ -148,7 +180,7 @@ func (m *move) attach(ctx context.Context) (err error) {
 		"--control", m.path("dest.ctl")); err != nil {
 		return err
 	}
-	if m.new, err = m.machine(ctx, "new", 1, m.path("dest.nbd"), "-incoming", "defer"); err != nil {
+	if m.new, err = m.machine(ctx, "new", 1, m.export("dest.nbd"), "-incoming", "defer"); err != nil {
 		return err
 	}
 	if err := m.new.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": m.memory()}, nil); err != nil {
@@ -192,6 +224,11 @@ func (m *move) switchOver(ctx context.Context) error {
 		return err
 	}
 	m.report.Memory, m.report.MemoryPasses = mem.RAM.Transferred, mem.RAM.Passes
+	return m.quit(ctx)
+}
+
+// quit ends the machine that is not needed any more.
+func (m *move) quit(ctx context.Context) error {
 	if err := m.old.qmp.Execute(ctx, "quit", nil, nil); err != nil {
 		return err
 	}
@@ -303,6 +340,11 @@ func (m *move) connect(ctx context.Context) error {
 func (m *move) travelled() int64 {
 	_, bytes := m.link.Bytes()
 	return bytes
+}
+
+// export is QEMU's view of a disk that is served at a socket.
+func (m *move) export(name string) string {
+	return "driver=nbd,export=vm,server.type=unix,server.path=" + m.path(name)
 }
 
 func (m *move) unix(name string) string { return "unix://" + m.path(name) }

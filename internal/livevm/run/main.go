@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -58,7 +57,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 		return errUsage
 	}
 	o.Size, o.Cold = mib<<20, cold<<20
-	o.Kernel, o.Initrd = filepath.Join(image, "vmlinuz"), filepath.Join(image, "base.cpio")
+	o.Image(image)
 	ours := o.Dir == ""
 	if ours {
 		var err error
