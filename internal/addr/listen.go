@@ -16,7 +16,7 @@ import (
 	"github.com/silo-nbd/silo-nbd/internal/quick"
 )
 
-// Dial connects to a. TCP connections come tuned.
+// Dial connects to a. Connections come tuned.
 func (a Addr) Dial(ctx context.Context) (net.Conn, error) {
 	if a.IsZero() {
 		return nil, errors.New("connect: no address")
@@ -33,7 +33,7 @@ func (a Addr) Dial(ctx context.Context) (net.Conn, error) {
 	return quick.New(c), nil
 }
 
-// Listen listens on a. Accepted TCP connections come tuned. The file of a unix
+// Listen listens on a. Accepted connections come tuned. The file of a unix
 // socket on which nobody listens any more is replaced; one in use, and any
 // file that is no socket, is an error. Closing the listener removes the file.
 func (a Addr) Listen(ctx context.Context) (net.Listener, error) {
@@ -143,11 +143,7 @@ func (a Addr) removeStale(ctx context.Context) error {
 
 // Accept implements net.Listener.
 func (l *unixListener) Accept() (net.Conn, error) {
-	c, err := l.UnixListener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return quick.New(c), nil
+	return tunedListener{l.UnixListener}.Accept()
 }
 
 // unixListener removes its socket's file when it is closed, if it is still its own.

@@ -5,6 +5,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -68,6 +70,48 @@ func TestBothEndsOfATCPConnectionAreTuned(t *testing.T) {
 	dialed, accepted := connect(t, ln)
 	requireTuned(t, dialed)
 	requireTuned(t, accepted)
+}
+
+func TestBothEndsOfAUnixConnectionHoldALargeAnswer(t *testing.T) {
+	ln, err := mustParse(t, "unix://"+filepath.Join(t.TempDir(), "s")).Listen(t.Context())
+	require.NoError(t, err)
+	for what, ln := range map[string]net.Listener{"listened": ln, "adopted": Adopt(plainUnix(t))} {
+		t.Run(what, func(t *testing.T) {
+			defer ln.Close()
+			dialed, accepted := connect(t, ln)
+			for _, c := range []net.Conn{dialed, accepted} {
+				require.GreaterOrEqual(t, sendBuffer(t, c), min(2*unixSendBuffer, 2*wmemMax(t)))
+			}
+		})
+	}
+}
+
+func plainUnix(t *testing.T) net.Listener {
+	t.Helper()
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	require.NoError(t, err)
+	return ln
+}
+
+func sendBuffer(t *testing.T, c net.Conn) (n int) {
+	t.Helper()
+	raw, err := c.(syscall.Conn).SyscallConn()
+	require.NoError(t, err)
+	require.NoError(t, raw.Control(func(fd uintptr) {
+		n, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+	}))
+	require.NoError(t, err)
+	return n
+}
+
+// wmemMax is the most that a process may ask for.
+func wmemMax(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/sys/net/core/wmem_max")
+	require.NoError(t, err)
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	require.NoError(t, err)
+	return n
 }
 
 func TestTuneLooksThroughTLSAndLeavesOthers(t *testing.T) {

@@ -22,12 +22,18 @@ const (
 	// which nothing urgent can go: one packet of the background, so that it is
 	// copied while it is in the cache. On a slow path the window allows less.
 	notSentLowat = 1 << 20
+
+	// unixSendBuffer is what a unix socket holds, in bytes, of which the kernel
+	// makes twice as much: a large answer is on its way while the next is read from
+	// the disk.
+	unixSendBuffer = 512 << 10
 )
 
-// Tune sets on a TCP connection what every connection of ours wants: no delay
-// of small packets, a silent peer noticed, few unsent bytes in the socket. It
-// looks through wrappers with a NetConn method, such as *tls.Conn, and leaves
-// connections of other kinds as they are.
+// Tune sets on a connection what every connection of ours wants: over TCP no
+// delay of small packets, a silent peer noticed, few unsent bytes in the socket;
+// on a unix socket room for a large answer. It looks through wrappers with a
+// NetConn method, such as *tls.Conn, and leaves connections of other kinds as
+// they are.
 func Tune(c net.Conn) error {
 	for {
 		wrapper, ok := c.(interface{ NetConn() net.Conn })
@@ -35,6 +41,12 @@ func Tune(c net.Conn) error {
 			break
 		}
 		c = wrapper.NetConn()
+	}
+	if local, ok := c.(*net.UnixConn); ok {
+		if err := local.SetWriteBuffer(unixSendBuffer); err != nil {
+			return fmt.Errorf("tune connection: %w", err)
+		}
+		return nil
 	}
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {

@@ -67,9 +67,17 @@ func (c *conn) cut() {
 	}
 }
 
+// socket is what lies under c.
+func socket(c net.Conn) net.Conn {
+	if w, ok := c.(interface{ NetConn() net.Conn }); ok {
+		return w.NetConn()
+	}
+	return c
+}
+
 // reset closes a connection so that the peer notices at once: over TCP by RST.
 func reset(c net.Conn) {
-	if tcp, ok := c.(*net.TCPConn); ok {
+	if tcp, ok := socket(c).(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0) // fails only when it is closed already
 	}
 	c.Close() // what is lost with it is meant to be
@@ -93,7 +101,7 @@ type parcel struct {
 func newFlow(c *conn, dir *direction, src, dst net.Conn) *flow {
 	limit := dir.bucket.underway(c.link.delay)
 	if limit != unlimitedUnderway {
-		if s, ok := src.(*net.TCPConn); ok {
+		if s, ok := socket(src).(*net.TCPConn); ok {
 			_ = s.SetReadBuffer(receiveBuffer) // fails only when the peer is gone, which Read tells
 		}
 	}
