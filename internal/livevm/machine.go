@@ -88,7 +88,7 @@ func (v *machine) migration(ctx context.Context, status string) error {
 		if err := json.Unmarshal(e.Data, &data); err != nil {
 			return fmt.Errorf("%s: %v: %w", v.name, e, err)
 		}
-		if data.Status == "failed" || data.Status == "cancelled" {
+		if data.Status != status && (data.Status == "failed" || data.Status == "cancelled") {
 			return fmt.Errorf("%s: the migration of the memory is %q, not %q", v.name, data.Status, status)
 		}
 	}

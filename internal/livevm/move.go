@@ -38,6 +38,7 @@ type Options struct {
 	Pause  time.Duration // between two records
 	Before time.Duration // from the connection between source and dest to the start of the memory's migration
 	After  time.Duration // that the guest writes on at the destination, before it verifies
+	Abort  bool          // give the first try up when the machine has been stopped for it, and move in a second
 	Limit  time.Duration // on all of it
 }
 
@@ -87,7 +88,7 @@ func Move(ctx context.Context, o Options) (r Report, err error) {
 		err = errors.Join(err, m.close())
 		r = m.report
 	}()
-	for _, step := range []func(context.Context) error{m.makeDisk, m.boot, m.attach, m.switchOver, m.verify, m.finish} {
+	for _, step := range []func(context.Context) error{m.makeDisk, m.boot, m.startDest, m.giveUp, m.attach, m.switchOver, m.verify, m.finish} {
 		if err := step(ctx); err != nil {
 			return r, err
 		}
@@ -171,15 +172,55 @@ func (m *move) warm(ctx context.Context) error {
 	return m.console.await(ctx, m.old.process, "the first records", func(c *console) bool { return c.seen.count >= warmUp })
 }
 
-// attach starts dest, and on its export the machine that waits for the memory: all before the handoff.
-func (m *move) attach(ctx context.Context) (err error) {
+// startDest starts dest: from here on the disk travels.
+func (m *move) startDest(ctx context.Context) (err error) {
 	if err := m.connect(ctx); err != nil {
 		return err
 	}
-	if m.dest, err = m.silo(ctx, "dest", "--disk", m.path("moved.raw"), "--connect", m.link.Addr().String(), "--nbd", m.unix("dest.nbd"),
-		"--control", m.path("dest.ctl")); err != nil {
+	m.dest, err = m.silo(ctx, "dest", "--disk", m.path("moved.raw"), "--connect", m.link.Addr().String(), "--nbd", m.unix("dest.nbd"),
+		"--control", m.path("dest.ctl"))
+	return err
+}
+
+// giveUp makes a first try, if one is wanted, and gives it up in the last moment in which that is possible. The guest
+// has to go on at the source as if nothing had been.
+func (m *move) giveUp(ctx context.Context) error {
+	if !m.o.Abort {
+		return nil
+	}
+	if err := m.attach(ctx); err != nil {
 		return err
 	}
+	if err := m.toSwitchOver(ctx); err != nil {
+		return err
+	}
+	if err := m.old.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
+		return err
+	}
+	if err := m.old.migration(ctx, "cancelled"); err != nil {
+		return err
+	}
+	stopped, err := m.old.event(ctx, "STOP")
+	if err != nil {
+		return err
+	}
+	resumed, err := m.old.event(ctx, "RESUME")
+	if err != nil {
+		return err
+	}
+	m.report.GivenUp = resumed.Time.Sub(stopped.Time)
+	_ = m.new.qmp.Close() // it has lost its source, and ends with 1
+	if err := m.new.wait(ctx); err == nil {
+		return errors.New("the machine at the destination ended with 0, though its migration was cancelled")
+	} else if ctx.Err() != nil {
+		return err
+	}
+	enough := m.console.look().count + warmUp
+	return m.console.await(ctx, m.old.process, "records after a try that was given up", func(c *console) bool { return c.seen.count >= enough })
+}
+
+// attach starts the machine that waits for the memory, on the export of dest: before the handoff.
+func (m *move) attach(ctx context.Context) (err error) {
 	if m.new, err = m.machine(ctx, "new", 1, m.export("dest.nbd"), "-incoming", "defer"); err != nil {
 		return err
 	}
@@ -189,16 +230,21 @@ func (m *move) attach(ctx context.Context) (err error) {
 	return pause(ctx, m.o.Before)
 }
 
-// switchOver moves the memory, and the disk when the machine has been stopped for that.
-func (m *move) switchOver(ctx context.Context) error {
-	began := time.Now()
+// toSwitchOver moves the memory until the machine is stopped for the rest of it.
+func (m *move) toSwitchOver(ctx context.Context) error {
 	if err := m.old.capabilities(ctx, "pause-before-switchover", "events"); err != nil {
 		return err
 	}
 	if err := m.old.qmp.Execute(ctx, "migrate", map[string]string{"uri": m.memory()}, nil); err != nil {
 		return err
 	}
-	if err := m.old.migration(ctx, "pre-switchover"); err != nil {
+	return m.old.migration(ctx, "pre-switchover")
+}
+
+// switchOver moves the memory, and the disk when the machine has been stopped for that.
+func (m *move) switchOver(ctx context.Context) error {
+	began := time.Now()
+	if err := m.toSwitchOver(ctx); err != nil {
 		return err
 	}
 	if err := m.handOff(ctx); err != nil {

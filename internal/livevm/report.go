@@ -16,6 +16,8 @@ type Report struct {
 	Switched time.Duration // from the start of the memory's migration to the start at the destination
 	Handoff  time.Duration // of the disk
 
+	GivenUp time.Duration // that the machine was stopped in the try that was given up; 0: there was none
+
 	Memory       int64 // that travelled
 	MemoryPasses int64
 
@@ -32,7 +34,11 @@ type Report struct {
 
 // String is the report in words.
 func (r Report) String() string {
-	return fmt.Sprintf(`the guest's longest pause: %v across the move (%v by its own clock); %v before it, %v after it
+	first := ""
+	if r.GivenUp > 0 {
+		first = fmt.Sprintf("a first try was given up; the guest stood still for %v, and went on at the source\n", ms(r.GivenUp))
+	}
+	return first + fmt.Sprintf(`the guest's longest pause: %v across the move (%v by its own clock); %v before it, %v after it
 stopped: %v by QEMU's account, of which the handoff of the disk took %v
 memory: %s in %d passes, %v from the start of its migration to the guest's start at the destination
 disk: %s before the handoff, in %d passes; %s after it, with %s (holes included) missing at the destination when that became its owner

@@ -48,6 +48,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	fs.DurationVar(&o.Pause, "pause", o.Pause, "between two records")
 	fs.DurationVar(&o.Before, "before", o.Before, "from the connection of the two to the start of the memory's migration")
 	fs.DurationVar(&o.After, "after", o.After, "that the guest writes on at the destination")
+	fs.BoolVar(&o.Abort, "abort", false, "give the first try up when the machine has been stopped for it, and move in a second")
 	fs.DurationVar(&o.Limit, "limit", o.Limit, "on all of it")
 	if err := fs.Parse(args); err != nil {
 		return errUsage

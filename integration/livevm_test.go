@@ -1,0 +1,51 @@
+//go:build integration
+
+package integration
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/internal/livevm"
+)
+
+// TestRunningMachineMoves moves a running virtual machine from one QEMU to another, memory and disk: at first the move
+// is given up when the machine has been stopped for it, and the guest goes on at the source; then it is made. The guest
+// finds all that it has written on both hosts, and the file system is clean.
+func TestRunningMachineMoves(t *testing.T) {
+	need(t, livevm.Tools...)
+	needGuest(t)
+	o := livevm.Defaults()
+	prepared := must(t, guestTime, filepath.Join(top(), "scripts", "guest"), "--prepare")
+	image, _, _ := strings.Cut(prepared, " (")
+	o.Image(image)
+	o.SiloNBD, o.Guest, o.Abort = siloNBD(t), filepath.Join(scratch, "livevm-guest"), true
+	static := exec.Command("go", "build", "-buildvcs=false", "-o", o.Guest, "./internal/livevm/guest")
+	static.Dir, static.Env = top(), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := static.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	var err error
+	if o.Dir, err = os.MkdirTemp("", "live-vm-"); err != nil { // with a name short enough for sockets
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(o.Dir)
+	began := time.Now()
+	r, err := livevm.Move(t.Context(), o)
+	if err != nil {
+		t.Fatalf("%v\n%v", err, r)
+	}
+	t.Logf("%v", r)
+	if r.GivenUp == 0 || r.Handoff == 0 || r.Stopped < r.Handoff || r.Pause < r.Stopped/2 {
+		t.Errorf("the times cannot be: %+v", r)
+	}
+	if r.DiskBefore < o.Cold/2 || r.DiskAfter == 0 || r.Memory < 10*mib {
+		t.Errorf("that much cannot have travelled: %+v", r)
+	}
+	t.Logf("pause of the guest %v, handoff %v, %d records, %d mismatches, in %v",
+		r.Pause.Round(time.Millisecond), r.Handoff.Round(time.Millisecond), r.Records, r.Mismatches, time.Since(began).Round(time.Second))
+}
