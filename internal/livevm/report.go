@@ -15,6 +15,7 @@ type Report struct {
 	Stopped  time.Duration // from the stop at the source to the start at the destination, as QEMU has it
 	Switched time.Duration // from the start of the memory's migration to the start at the destination
 	Handoff  time.Duration // of the disk
+	Asked    int           // for it, so often
 
 	GivenUp time.Duration // that the machine was stopped in the try that was given up; 0: there was none
 
@@ -39,16 +40,24 @@ func (r Report) String() string {
 		first = fmt.Sprintf("a first try was given up; the guest stood still for %v, and went on at the source\n", ms(r.GivenUp))
 	}
 	return first + fmt.Sprintf(`the guest's longest pause: %v across the move (%v by its own clock); %v before it, %v after it
-stopped: %v by QEMU's account, of which the handoff of the disk took %v
+stopped: %v by QEMU's account, of which the handoff of the disk took %v%s
 memory: %s in %d passes, %v from the start of its migration to the guest's start at the destination
 disk: %s before the handoff, in %d passes; %s after it, with %s (holes included) missing at the destination when that became its owner
 records: %d at the source, %d at the destination
 verified by the guest: %d places with records, and %s that nobody wrote; mismatches: %d
 e2fsck: %s`,
-		ms(r.Pause), ms(r.GuestPause), ms(r.PauseBefore), ms(r.PauseAfter), ms(r.Stopped), ms(r.Handoff),
+		ms(r.Pause), ms(r.GuestPause), ms(r.PauseBefore), ms(r.PauseAfter), ms(r.Stopped), ms(r.Handoff), again(r.Asked),
 		mib(r.Memory), r.MemoryPasses, ms(r.Switched),
 		mib(r.DiskBefore), r.DiskPasses, mib(r.DiskAfter), mib(r.Missing),
 		r.RecordsBefore, r.Records-r.RecordsBefore, r.Places, mib(r.Cold), r.Mismatches, r.Fsck)
+}
+
+// again says how often it was, if it was more than once.
+func again(n int) string {
+	if n <= 1 {
+		return ""
+	}
+	return fmt.Sprintf(" (asked for %d times)", n)
 }
 
 func ms(d time.Duration) time.Duration { return d.Round(100 * time.Microsecond) }

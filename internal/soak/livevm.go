@@ -88,7 +88,20 @@ func varied(o *livevm.Options, seed uint64) (how string) {
 	o.Rate = []string{"10MiB", "20MiB", "40MiB", "0"}[r.IntN(4)]
 	o.Before = time.Duration(r.IntN(3000)) * time.Millisecond
 	o.After = time.Duration(200+r.IntN(1500)) * time.Millisecond
-	return fmt.Sprintf("rate %s, %v before", o.Rate, o.Before)
+	how = fmt.Sprintf("rate %s, %v before", o.Rate, o.Before)
+	if o.Abort = r.IntN(6) == 0; o.Abort {
+		how += ", given up once"
+	}
+	switch r.IntN(6) {
+	case 0: // a handoff is some hundred bytes each way, with data before, between and after them
+		o.Cut = -1 - r.Int64N(200)
+	case 1:
+		o.Cut = 1 + r.Int64N(256<<10)
+	}
+	if o.Cut != 0 {
+		how += fmt.Sprintf(", cut %d", o.Cut)
+	}
+	return how
 }
 
 // Records is how many were written in all, and those of them at the source.
@@ -103,7 +116,7 @@ func (s *LiveSummary) Records() (all, before int64) {
 // String is the summary in words.
 func (s *LiveSummary) String() string {
 	var mismatches, places, sent, rest int64
-	inFirst, clean := 0, 0
+	inFirst, clean, givenUp, again := 0, 0, 0, 0
 	for _, r := range s.Moves {
 		mismatches += r.Mismatches
 		places += r.Places
@@ -112,16 +125,22 @@ func (s *LiveSummary) String() string {
 		if r.DiskPasses == 1 {
 			inFirst++
 		}
+		if r.GivenUp > 0 {
+			givenUp++
+		}
+		if r.Asked > 1 {
+			again++
+		}
 		if r.Fsck != "" {
 			clean++
 		}
 	}
 	all, before := s.Records()
-	return fmt.Sprintf("moves: %d in %v, and %d that failed; %d were handed off in the first pass over the disk\n"+
+	return fmt.Sprintf("moves: %d in %v, and %d that failed; %d were handed off in the first pass over the disk, %d when it was asked for again; %d at the second try, the first was given up\n"+
 		"records: %d at the sources, %d at the destinations; %d places verified by the guests, %d mismatches; %d file systems clean\n"+
 		"disks: %d MiB before the handoff, %d MiB after it\n"+
 		"median and longest: pause of a guest %s, machine stopped %s, handoff %s",
-		len(s.Moves), s.took.Round(time.Second), s.Failures, inFirst,
+		len(s.Moves), s.took.Round(time.Second), s.Failures, inFirst, again, givenUp,
 		before, all-before, places, mismatches, clean, sent/mib, rest/mib,
 		s.times(func(r livevm.Report) time.Duration { return r.Pause }),
 		s.times(func(r livevm.Report) time.Duration { return r.Stopped }),

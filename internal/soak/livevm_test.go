@@ -54,9 +54,9 @@ func TestSummaryOfMoves(t *testing.T) {
 	sum := &LiveSummary{took: time.Minute, Moves: []livevm.Report{
 		{Pause: 3 * time.Millisecond, Handoff: time.Millisecond, Stopped: 2 * time.Millisecond, Records: 10, RecordsBefore: 4, Places: 20, DiskPasses: 1, Fsck: "clean"},
 		{Pause: 9 * time.Millisecond, Handoff: 2 * time.Millisecond, Stopped: 4 * time.Millisecond, Records: 5, RecordsBefore: 4, Places: 10, DiskPasses: 2, Fsck: "clean"},
-		{Pause: 5 * time.Millisecond, Handoff: 4 * time.Millisecond, Stopped: 3 * time.Millisecond, Records: 5, RecordsBefore: 4, Places: 10, DiskPasses: 3, Mismatches: 1, DiskAfter: 3 << 20},
+		{Pause: 5 * time.Millisecond, Handoff: 4 * time.Millisecond, Stopped: 3 * time.Millisecond, Records: 5, RecordsBefore: 4, Places: 10, DiskPasses: 3, GivenUp: 1, Asked: 2, Mismatches: 1, DiskAfter: 3 << 20},
 	}}
-	require.Equal(t, `moves: 3 in 1m0s, and 0 that failed; 1 were handed off in the first pass over the disk
+	require.Equal(t, `moves: 3 in 1m0s, and 0 that failed; 1 were handed off in the first pass over the disk, 1 when it was asked for again; 1 at the second try, the first was given up
 records: 12 at the sources, 8 at the destinations; 40 places verified by the guests, 1 mismatches; 2 file systems clean
 disks: 0 MiB before the handoff, 3 MiB after it
 median and longest: pause of a guest 5ms and 9ms, machine stopped 3ms and 4ms, handoff 2ms and 4ms`, sum.String())

@@ -49,6 +49,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	fs.DurationVar(&o.Before, "before", o.Before, "from the connection of the two to the start of the memory's migration")
 	fs.DurationVar(&o.After, "after", o.After, "that the guest writes on at the destination")
 	fs.BoolVar(&o.Abort, "abort", false, "give the first try up when the machine has been stopped for it, and move in a second")
+	fs.Int64Var(&o.Cut, "cut", 0, "break the connection once, so many `bytes` of the source's after the handoff was asked for, below 0 of dest's")
 	fs.DurationVar(&o.Limit, "limit", o.Limit, "on all of it")
 	if err := fs.Parse(args); err != nil {
 		return errUsage
