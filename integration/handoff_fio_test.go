@@ -10,16 +10,11 @@ import (
 	"slices"
 	"testing"
 	"time"
-
-	"github.com/silo-nbd/silo-nbd/internal/link"
 )
 
 const (
 	fioDiskSize = 32 * mib
 	fioSize     = 12 * mib // the part of the disk that fio uses
-
-	// linkDelay is one way. Much is written while a list of what is old travels.
-	linkDelay = 3 * time.Millisecond
 )
 
 // fioJob writes the blocks of its part again and again, in an order of its own, and verifies what it has written.
@@ -40,7 +35,7 @@ func TestFioVerifiesAcrossAHandoff(t *testing.T) {
 	need(t, "fio")
 	for _, handoff := range []string{"manual", "auto"} {
 		t.Run(handoff, func(t *testing.T) {
-			m := moveLive(t, fioDiskSize, "--rate", "1MiB", "--block-size", "4KiB", "--handoff", handoff, "--max-downtime", "50ms")
+			m := moveLive(t, fioDisks(t), "--rate", "1MiB", "--block-size", "4KiB", "--handoff", handoff, "--max-downtime", "50ms")
 			seed := rand.Uint64N(1 << 32)
 			t.Logf("seed %d", seed)
 			var fios []*process
@@ -69,10 +64,20 @@ func TestFioVerifiesAcrossAHandoff(t *testing.T) {
 			must(t, patient, "fio", fioJob(m.there[0], seed, "--verify_only")...)
 			m.dest.signal(os.Interrupt)
 			m.dest.succeeds(soon)
-			for i, copied := range m.copies {
-				sameRest(t, m.originals[i], copied, fioSize)
+			for i, original := range fioDisks(t) {
+				sameRest(t, original, m.copies[i], fioSize)
 			}
 		})
+	}
+}
+
+// fioDisks makes two disks, which are the same each time.
+func fioDisks(t *testing.T) []string {
+	t.Helper()
+	dir := t.TempDir()
+	return []string{
+		randomImage(t, filepath.Join(dir, "one.raw"), fioDiskSize),
+		randomImage(t, filepath.Join(dir, "two.raw"), fioDiskSize),
 	}
 }
 
@@ -90,49 +95,4 @@ func sameRest(t *testing.T, a, b string, off int) {
 	if len(got) != len(want) || !slices.Equal(got[off:], want[off:]) {
 		t.Errorf("%s is not as %s from %d on, where nobody has written", b, a, off)
 	}
-}
-
-// liveMove is a migration of two disks that are in use.
-type liveMove struct {
-	source, dest      *process
-	control           string // of the source
-	originals, copies []string
-	here, there       []string // the URIs of the exports
-	relays            []*relay
-	relayed           []string // their URIs
-}
-
-// moveLive starts to move two disks of random data, which are served by relays.
-func moveLive(t *testing.T, size int64, args ...string) *liveMove {
-	t.Helper()
-	dir, wire, between := t.TempDir(), address(t, false), address(t, false)
-	m := &liveMove{control: filepath.Join(socketDir(t), "control")}
-	source := append([]string{"source", "--listen", wire, "--nbd", address(t, false), "--control", m.control}, args...)
-	dest := []string{"dest", "--connect", between, "--nbd", address(t, false)}
-	names := []string{"one", "two"}
-	for _, name := range names {
-		disk := randomImage(t, filepath.Join(dir, name+".raw"), size)
-		original, copied := filepath.Join(dir, name+".was"), filepath.Join(dir, name+".copy")
-		must(t, time.Minute, "cp", "--sparse=always", disk, original)
-		m.originals, m.copies = append(m.originals, original), append(m.copies, copied)
-		source = append(source, "--disk", name+"="+disk)
-		dest = append(dest, "--disk", name+"="+copied)
-	}
-	m.source = start(t, "source", siloNBD(t), source...)
-	for _, name := range names {
-		m.here = append(m.here, readyURI(m.source, name))
-	}
-	waitListening(t, wire)
-	l, err := link.Listen(t.Context(), link.Options{Listen: parseAddr(t, between), Target: parseAddr(t, wire), Delay: linkDelay})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() }) // it has nothing to say that the test would want to know
-	m.dest = start(t, "dest", siloNBD(t), dest...)
-	for i, name := range names {
-		m.there = append(m.there, readyURI(m.dest, name))
-		r, uri := newRelay(t, m.here[i], m.there[i])
-		m.relays, m.relayed = append(m.relays, r), append(m.relayed, uri)
-	}
-	return m
 }

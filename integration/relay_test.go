@@ -4,12 +4,16 @@ package integration
 
 import (
 	"errors"
+	"fmt"
 	"net"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/silo-nbd/silo-nbd/internal/link"
 	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
 	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
 )
@@ -89,3 +93,50 @@ func (r *relay) WriteAt(p []byte, off int64) (n int, err error) {
 }
 
 func (r *relay) Sync() error { return r.do((*nbdclient.Client).Flush) }
+
+// liveMove is a migration of disks that are in use.
+type liveMove struct {
+	source, dest *process
+	control      string // of the source
+	copies       []string
+	here, there  []string // the URIs of the exports
+	relays       []*relay
+	relayed      []string // their URIs
+}
+
+// linkDelay is one way. Much is written while a list of what is old travels.
+const linkDelay = 3 * time.Millisecond
+
+// moveLive starts to move disks, which are used through relays.
+func moveLive(t *testing.T, disks []string, args ...string) *liveMove {
+	t.Helper()
+	dir, wire, between := t.TempDir(), address(t, false), address(t, false)
+	m := &liveMove{control: filepath.Join(socketDir(t), "control")}
+	source := append([]string{"source", "--listen", wire, "--nbd", address(t, false), "--control", m.control}, args...)
+	dest := []string{"dest", "--connect", between, "--nbd", address(t, false)}
+	var names []string
+	for i, disk := range disks {
+		name := fmt.Sprintf("disk%d", i)
+		copied := filepath.Join(dir, name+".copy")
+		names, m.copies = append(names, name), append(m.copies, copied)
+		source = append(source, "--disk", name+"="+disk)
+		dest = append(dest, "--disk", name+"="+copied)
+	}
+	m.source = start(t, "source", siloNBD(t), source...)
+	for _, name := range names {
+		m.here = append(m.here, readyURI(m.source, name))
+	}
+	waitListening(t, wire)
+	l, err := link.Listen(t.Context(), link.Options{Listen: parseAddr(t, between), Target: parseAddr(t, wire), Delay: linkDelay})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() }) // it has nothing to say that the test would want to know
+	m.dest = start(t, "dest", siloNBD(t), dest...)
+	for i, name := range names {
+		m.there = append(m.there, readyURI(m.dest, name))
+		r, uri := newRelay(t, m.here[i], m.there[i])
+		m.relays, m.relayed = append(m.relays, r), append(m.relayed, uri)
+	}
+	return m
+}
