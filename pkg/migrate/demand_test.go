@@ -73,6 +73,10 @@ func TestDemandOvertakesTheBackground(t *testing.T) {
 		}
 		t.Logf("one block takes %v, the slowest read took %v", own, worst)
 		require.Less(t, worst, 8*own)
+		path := src.path.Load()
+		path.mu.Lock()
+		require.Less(t, time.Since(path.demandAt), demandLife, "the window knows that somebody asks")
+		path.mu.Unlock()
 		require.Equal(t, StateMigrating, src.Status()[0].State)
 		require.Equal(t, []error{nil, nil}, m.end())
 		require.True(t, bytes.Equal(want, contents(t, m.dst.disks["first"])))

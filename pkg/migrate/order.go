@@ -22,7 +22,8 @@ const (
 )
 
 // order decides which block is sent next: asked-for blocks first, in the order
-// of asking, then hints, then the rest from the start of the disk to its end.
+// of asking, then hints, then the rest: what follows the last ask, to the end of
+// the disk, and then from its start.
 // Each block is pending, flying (sent, no answer yet), delayed (failed, tried
 // again later) or settled. The cost of a block does not depend on the size of
 // the disk.
@@ -84,6 +85,8 @@ func (o *order) ask(off, length int64) {
 	if most := max(1, urgentBytes/o.geo.blockSize); s.len() > most {
 		o.hintLocked(span{s.from + most, s.to})
 		s.to = s.from + most
+	} else {
+		o.cursor = s.to // who reads here may go on: what follows it is as good as any other block
 	}
 	fresh := false
 	for b := s.from; b < s.to; b++ {

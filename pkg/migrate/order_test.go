@@ -51,7 +51,27 @@ func TestOrderIsAsksThenHintsThenTheRest(t *testing.T) {
 	got := takeAll(o, 64)
 	require.Equal(t, []span{{300, 364}, {364, 428}, {428, 492}, {492, 556}, {100, 101}, {50, 52}, {101, 103}}, got[:7])
 	require.Equal(t, []span{{556, 620}, {620, 684}}, got[7:9])
-	require.Equal(t, span{4, 50}, got[14])
+	require.Equal(t, span{103, 167}, got[14], "behind what was asked for last")
+	require.Equal(t, []span{{4, 50}, {52, 100}}, got[len(got)-2:])
+}
+
+func TestTheRestGoesOnBehindWhatWasAskedFor(t *testing.T) {
+	o := testOrder(t, 1024)
+	first, _, _ := o.takeNext(4)
+	require.Equal(t, span{0, 4}, first)
+	o.ask(500*4096, 2*4096)
+	require.Equal(t, []span{{500, 502}, {502, 506}}, []span{next(t, o, 4), next(t, o, 4)}, "he who reads there may go on")
+	o.ask(1022*4096, 4096)
+	require.Equal(t, []span{{1022, 1023}, {1023, 1024}, {4, 8}}, []span{next(t, o, 4), next(t, o, 4), next(t, o, 4)}, "and then from the start")
+	o.ask(100*4096, 400*4096)
+	require.Equal(t, []span{{100, 356}, {356, 500}, {8, 100}}, takeAll(o, 400)[:3], "who asks for much has asked for what follows")
+}
+
+func next(t *testing.T, o *order, limit int64) span {
+	t.Helper()
+	s, _, ok := o.takeNext(limit)
+	require.True(t, ok)
+	return s
 }
 
 func TestAskForWhatFliesOrMakesNoSenseIsIgnored(t *testing.T) {

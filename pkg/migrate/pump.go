@@ -398,6 +398,7 @@ func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priori
 		f.mark = p.window.begin(n)
 		return f, nil
 	}
+	p.window.demand()
 	select {
 	case p.demandSlots <- struct{}{}:
 		p.demandOut.Add(1)

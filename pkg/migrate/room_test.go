@@ -166,7 +166,9 @@ func TestOrderSendsOneBlockNowAndThenToAFullDestination(t *testing.T) {
 	o.done(span{40, 41})
 	_, none = o.full()
 	require.False(t, none)
-	require.Equal(t, []span{{41, 49}, {0, 8}}, takeAll(o, 8)[:2])
+	rest := takeAll(o, 8)
+	require.Equal(t, span{41, 49}, rest[0])
+	require.Contains(t, rest, span{0, 8})
 }
 
 // A block is asked for while it is on its way, and comes to a full disk just

@@ -11,6 +11,11 @@ const (
 	// path takes it, and leaves a quarter of a round trip queued when it does
 	// not: a demand read waits behind no more than that.
 	windowGain = 1.25
+	// While somebody asks for blocks, and for demandLife after, there is no such
+	// quarter: the background may fill the path and queues no more than its two
+	// packets.
+	demandGain = 1.0
+	demandLife = time.Second
 	// A packet of the background is about what the path moves in packetTime,
 	// since a demand read waits for the packet that is on its way.
 	packetTime = 500 * time.Microsecond
@@ -50,6 +55,7 @@ type window struct {
 	probing        bool      // closed to one packet, to see the path empty
 	rate, oldRate  float64   // bytes a second: the best of this rate period and of the last
 	rateAt         time.Time // when this rate period began
+	demandAt       time.Time // when somebody asked last
 }
 
 // flightMark is what the window needs to know of a packet when it comes back.
@@ -63,6 +69,13 @@ type flightMark struct {
 
 func newWindow(blockSize int64, maxPackets int) *window {
 	return &window{blockSize: blockSize, maxPackets: maxPackets, wake: make(chan struct{}, 1)}
+}
+
+// demand notes that a block goes out which somebody asked for.
+func (w *window) demand() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.demandAt = time.Now()
 }
 
 // await waits until n bytes may be sent.
@@ -163,7 +176,11 @@ func (w *window) limitLocked() int64 {
 	if rate > fastPath {
 		packets = 3
 	}
-	return min(maxWindow, int64(windowGain*rate*w.minRTT.Seconds())+packets*w.packetLocked())
+	gain := windowGain
+	if !w.demandAt.IsZero() && time.Since(w.demandAt) < demandLife {
+		gain = demandGain
+	}
+	return min(maxWindow, int64(gain*rate*w.minRTT.Seconds())+packets*w.packetLocked())
 }
 
 // packet is the size in bytes of the next packet of the background: whole

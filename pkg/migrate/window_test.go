@@ -107,6 +107,51 @@ func TestWindowFollowsThePath(t *testing.T) {
 	})
 }
 
+func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
+	for _, p := range []path{
+		{rate: 20e6, rtt: 40 * time.Millisecond},
+		{rate: 100e6, rtt: 30 * time.Millisecond},
+		{rate: 1e9, rtt: 5 * time.Millisecond},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWindow(64<<10, 256)
+			ctx, cancel := context.WithTimeout(t.Context(), rttLife-100*time.Millisecond) // before the round trip is measured again
+			defer cancel()
+			begin := time.Now()
+			var late int64
+			var queued, after time.Duration
+			for {
+				since := time.Since(begin)
+				if since > 2*time.Second && since < 8*time.Second {
+					w.demand() // which itself takes next to nothing of the path
+				}
+				n := w.packet()
+				if w.await(ctx, n) != nil {
+					break
+				}
+				m := w.begin(n)
+				back := p.send(n)
+				switch {
+				case since > 9400*time.Millisecond:
+					after = max(after, back-p.rtt)
+				case since > 4*time.Second && since < 8*time.Second:
+					queued = max(queued, back-p.rtt)
+					late += n
+				}
+				time.AfterFunc(back, func() { w.release(m, true) })
+				synctest.Wait()
+			}
+			packet := time.Duration(float64(w.packet()) / p.rate * 1e9)
+			used := float64(late) / (p.rate * 4)
+			t.Logf("%v: %.0f %% of the link; a packet of %v queues %v at most, %v without demand", p.rtt, 100*used, packet, queued, after)
+			require.Greater(t, used, 0.9)
+			require.Less(t, queued, 5*packet)
+			require.Greater(t, after, queued, "a second after the last demand it is as before")
+			<-time.After(time.Minute)
+		})
+	}
+}
+
 func TestOnePacketMayAlwaysFly(t *testing.T) {
 	w := newWindow(1<<20, 1)
 	require.NoError(t, w.await(t.Context(), 32<<20))
