@@ -61,7 +61,7 @@ type Device struct {
 	waits  waits
 	demand histogram // how long what waited for missing blocks has waited
 	flush  *flusher
-	saver  saver // touched by the holder of the flusher's turn only
+	saver  saver // touched by holders of the flusher's turns only
 	mapped bool  // there was a map in Options
 
 	isLive    atomic.Bool

@@ -9,16 +9,18 @@ import (
 	"time"
 )
 
-// flusher makes the flushes of the disk and its map one at a time, so that one
-// flush answers everybody who asked before it began, and so that a failure is
-// known to every flush that begins after it: the kernel tells it only once.
+// flusher makes the flushes of the disk and its map, so that one flush answers
+// everybody who asked before it began, and so that a failure is known to every
+// flush that begins after it: the kernel tells it only once. While the map of one
+// is written, the disk is flushed for the next; the order stays what it is.
 type flusher struct {
-	turn chan struct{} // capacity 1: held by whoever flushes, or writes the map
+	disk chan struct{} // capacity 1: held by whoever flushes the disk, until it has the map's turn
+	maps chan struct{} // capacity 1: held by whoever writes the map
 
 	mu sync.Mutex
 	// Guarded by mu:
-	begun  uint64 // flushes that have begun
-	ended  uint64 // the last flush that has ended well
+	begun  uint64 // rounds that have begun
+	last   *round // that began last, or nil
 	failed error  // the first failure; it is final
 
 	broken atomic.Bool // failed is set
@@ -26,7 +28,31 @@ type flusher struct {
 	took histogram // of every flush, with its wait for its turn
 }
 
-func newFlusher() *flusher { return &flusher{turn: make(chan struct{}, 1)} }
+// round is one flush of the disk and its map.
+type round struct {
+	number uint64
+	before *round        // one that was not at its end when this one began, or nil
+	ended  chan struct{} // closed after err is set
+	err    error
+}
+
+func (r *round) end(err error) {
+	r.err, r.before = err, nil
+	close(r.ended)
+}
+
+func (r *round) running() bool {
+	select {
+	case <-r.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+func newFlusher() *flusher {
+	return &flusher{disk: make(chan struct{}, 1), maps: make(chan struct{}, 1)}
+}
 
 // flush returns when every write that was answered before the call is on stable
 // storage, and the map says so. It does not look at whether the device is closed.
@@ -37,39 +63,81 @@ func (f *flusher) flush(ctx context.Context, d *Device) error {
 	need := f.begun + 1 // the next to begin covers all that was answered by now
 	f.mu.Unlock()
 	select {
-	case f.turn <- struct{}{}:
+	case f.disk <- struct{}{}:
 	case <-ctx.Done():
 		return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
 	}
-	defer func() { <-f.turn }()
+	r, mine, err := f.join(need)
+	if err != nil {
+		<-f.disk
+		return err
+	}
+	if mine {
+		f.run(d, r)
+		return r.err
+	}
+	<-f.disk
+	select {
+	case <-r.ended:
+		return r.err
+	case <-ctx.Done():
+		return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
+	}
+}
 
+// join returns the round that answers who needs one of that number: one that has
+// begun since, or a new one, which is the caller's to run. The disk's turn is held.
+func (f *flusher) join(need uint64) (r *round, mine bool, err error) {
 	f.mu.Lock()
-	if f.failed != nil || f.ended >= need {
-		defer f.mu.Unlock()
-		return f.failed
+	defer f.mu.Unlock()
+	if f.failed != nil {
+		return nil, false, f.failed
+	}
+	if f.last != nil && f.last.number >= need {
+		return f.last, false, nil
 	}
 	f.begun++
-	begun := f.begun
-	f.mu.Unlock()
+	r = &round{number: f.begun, ended: make(chan struct{})}
+	if f.last != nil && f.last.running() {
+		r.before = f.last
+	}
+	f.last = r
+	return r, true, nil
+}
 
-	err := d.commit()
+// run makes a round, and gives back the disk's turn.
+func (f *flusher) run(d *Device, r *round) {
+	snap, err := d.flushDisk()
+	if err != nil {
+		r.end(f.fail(d, err))
+		<-f.disk
+		return
+	}
+	f.maps <- struct{}{}
+	<-f.disk
+	defer func() { <-f.maps }()
+	if r.before != nil && r.before.err != nil {
+		// It has put back what it could not write, and some of that may be of
+		// writes that this round answers for.
+		d.saver.giveUp(snap)
+		r.end(r.before.err)
+		return
+	}
+	err = d.saver.save(snap)
 	var room *roomError
 	if err != nil && !errors.As(err, &room) {
-		return f.fail(d, err)
+		err = f.fail(d, err)
 	}
-	if err == nil {
-		f.mu.Lock()
-		f.ended = begun
-		f.mu.Unlock()
-	}
-	return err
+	r.end(err)
 }
 
 // alone does something to the map while nobody flushes. If it fails, that is
 // final, too, unless it says that it is only for want of room.
 func (f *flusher) alone(d *Device, do func() error) error {
-	f.turn <- struct{}{}
-	defer func() { <-f.turn }()
+	f.disk <- struct{}{}
+	defer func() { <-f.disk }()
+	f.maps <- struct{}{}
+	defer func() { <-f.maps }()
 	if err := f.failure(); err != nil {
 		return err
 	}
@@ -78,10 +146,7 @@ func (f *flusher) alone(d *Device, do func() error) error {
 	if err != nil && !errors.As(err, &room) {
 		return f.fail(d, err)
 	}
-	if err != nil {
-		return err
-	}
-	return nil
+	return err
 }
 
 // fail notes that the disk or the map failed. The kernel may have dropped what it
@@ -92,7 +157,9 @@ func (f *flusher) fail(d *Device, err error) error {
 	d.log.Error("the disk or its map has failed: no later write or flush is taken; reads of what is here go on", "error", err)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.failed = err
+	if f.failed == nil {
+		f.failed = err
+	}
 	f.broken.Store(true)
 	d.direct.Store(false)
 	return err

@@ -3,6 +3,7 @@ package lazy
 import (
 	"context"
 	"errors"
+	"slices"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -123,6 +124,130 @@ func TestD5FlushCoversEveryAnsweredWrite(t *testing.T) {
 			<-done
 		}
 		disk.hook = nil
+	})
+}
+
+// While the map is written for one flush, the disk is flushed for the next; the
+// maps are written one after the other, and each flush answers in its turn.
+func TestTheNextFlushBeginsWhileTheMapIsWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAlive(t, 8, Options{})
+		go1, go2 := make(chan struct{}), make(chan struct{})
+		maps := 0
+		a.p.hook = func(what string) error {
+			if what == "sync map" {
+				if maps++; maps == 1 {
+					<-go1
+				} else {
+					<-go2
+				}
+			}
+			return nil
+		}
+		flush := func() { a.sync() }
+		mustWrite(t, a.s, 0, filled(1, testBlock))
+		first := run(flush)
+		synctest.Wait() // in the map
+		mustWrite(t, a.s, testBlock, filled(1, testBlock))
+		n := len(a.p.done())
+		second, beside := run(flush), run(flush)
+		synctest.Wait()
+		if log := a.p.done()[n:]; !slices.Equal(log, []string{"sync disk"}) {
+			t.Errorf("while the map is written for the first: %v", log)
+		}
+		if ended(first) || ended(second) || ended(beside) {
+			t.Error("a flush was answered before the map was synced")
+		}
+		close(go1)
+		<-first
+		synctest.Wait()
+		if ended(second) || ended(beside) || maps != 2 {
+			t.Errorf("the second flush was answered with the first, after %d syncs of the map", maps)
+		}
+		close(go2)
+		<-second
+		<-beside
+		a.p.hook = nil
+		a.cut(false, false)
+		if st := a.d.Stats(); st.Fetched != 2 {
+			t.Errorf("after a power cut: %+v", st)
+		}
+	})
+}
+
+// What the map had no room for in one flush may be of writes that the next one
+// answers for, which took its bits before it was put back: both say no.
+func TestL12NoRoomForTheMapIsSaidByTheFlushBehindIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAlive(t, 8, Options{})
+		goOn := make(chan struct{})
+		full := true
+		a.p.hook = func(what string) error {
+			if what == "write map" && full {
+				<-goOn
+				full = false
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		errs := make(chan error, 2)
+		mustWrite(t, a.s, 0, filled(1, testBlock))
+		first := run(func() { errs <- a.d.Sync() })
+		synctest.Wait()
+		mustWrite(t, a.s, testBlock, filled(1, testBlock))
+		second := run(func() { errs <- a.d.Sync() })
+		synctest.Wait()
+		close(goOn)
+		<-first
+		<-second
+		for range 2 {
+			if err := <-errs; !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("a flush said %v", err)
+			}
+		}
+		a.sync()
+		a.cut(false, false)
+		if st := a.d.Stats(); st.Fetched != 2 {
+			t.Errorf("after a flush that found room and a power cut: %+v", st)
+		}
+	})
+}
+
+// D4: a flush that fails in the disk while the map is written for the one before
+// takes nothing back from that one, and is final.
+func TestD4FailureBesideTheMapOfTheFlushBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAlive(t, 8, Options{})
+		goOn := make(chan struct{})
+		disks := 0
+		a.p.hook = func(what string) error {
+			switch what {
+			case "sync map":
+				<-goOn
+			case "sync disk":
+				if disks++; disks == 2 {
+					return syscall.EIO
+				}
+			}
+			return nil
+		}
+		mustWrite(t, a.s, 0, filled(1, testBlock))
+		first := run(func() { a.sync() })
+		synctest.Wait()
+		mustWrite(t, a.s, testBlock, filled(1, testBlock))
+		if err := a.d.Sync(); !errors.Is(err, syscall.EIO) {
+			t.Errorf("the second flush said %v", err)
+		}
+		close(goOn)
+		<-first
+		if err := a.d.Sync(); !errors.Is(err, syscall.EIO) {
+			t.Errorf("a flush after the failure said %v", err)
+		}
+		a.p.hook = nil
+		a.cut(false, false)
+		if st := a.d.Stats(); st.Fetched != 1 {
+			t.Errorf("after a power cut: %+v", st)
+		}
 	})
 }
 

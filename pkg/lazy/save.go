@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -15,44 +16,63 @@ const saveEvery = 3 * time.Second
 // maxKept is how large a snapshot may be for its memory to be used again.
 const maxKept = 256 << 10 // bytes
 
-// saver keeps the map of a device. All its methods are called by the holder of
-// the flusher's turn, so that the map is written by one at a time.
+// saver keeps the map of a device. m is changed by who holds both turns of the
+// flusher, so who holds one may read it; the map is written by the holder of its
+// turn.
 type saver struct {
 	m     *Map // nil: none, or not needed any more
 	state *state
-	snap  snapshot
+	snaps sync.Pool // of *snapshot
 }
 
-// commit makes durable what was written before it, and says so in the map: the
-// bits are taken as they stand, then the disk is flushed, and then just these
-// bits are written. So no bit is in the map before its data is on the disk.
-func (d *Device) commit() error {
+// flushDisk takes the bits that have changed as they stand, and makes durable what
+// was written before it. When it has, and not before, save may write these bits.
+func (d *Device) flushDisk() (*snapshot, error) {
 	s := &d.saver
-	if s.m == nil {
-		return d.flushDisk()
+	var snap *snapshot
+	if s.m != nil {
+		snap, _ = s.snaps.Get().(*snapshot)
+		if snap == nil {
+			snap = new(snapshot)
+		}
+		snap.fill(s.state, s.m.layout.maskWords())
 	}
-	s.snap.fill(s.state, s.m.layout.maskWords())
-	if cap(s.snap.bits) > maxKept || cap(s.snap.words) > maxKept/8 {
-		defer func() { s.snap = snapshot{} }()
+	if err := d.disk.Flush(); err != nil {
+		return nil, fmt.Errorf("lazy: flush the disk: %w", err)
 	}
-	if err := d.flushDisk(); err != nil {
-		return err
+	return snap, nil
+}
+
+// save writes the bits of a snapshot, if there is one, to the map, and makes them
+// durable. If there is no room for them, nothing is lost: the map is as it was, or
+// has some of the new bits, and all of them will be written again.
+func (s *saver) save(snap *snapshot) error {
+	if snap == nil {
+		return nil
 	}
-	err := s.m.save(&s.snap)
+	err := s.m.save(snap)
 	if noRoom(err) {
-		// Nothing is lost: the map is as it was, or has some of the new bits, and
-		// all of them will be written again.
-		s.snap.putBack(s.state)
+		s.giveUp(snap)
 		return &roomError{err}
 	}
+	s.keep(snap)
 	return err
 }
 
-func (d *Device) flushDisk() error {
-	if err := d.disk.Flush(); err != nil {
-		return fmt.Errorf("lazy: flush the disk: %w", err)
+// giveUp has all of a snapshot taken again by the next one.
+func (s *saver) giveUp(snap *snapshot) {
+	if snap == nil {
+		return
 	}
-	return nil
+	snap.putBack(s.state)
+	s.keep(snap)
+}
+
+// keep keeps the memory of a snapshot for another one.
+func (s *saver) keep(snap *snapshot) {
+	if cap(snap.bits) <= maxKept && cap(snap.words) <= maxKept/8 {
+		s.snaps.Put(snap)
+	}
 }
 
 // roomError is a commit that failed for lack of space, and may be tried again.
@@ -97,7 +117,7 @@ func (d *Device) adopt(m *Map, o Options) error {
 		return nil
 	}
 	d.mapped = true
-	d.saver = saver{m: m, state: d.state}
+	d.saver.m, d.saver.state = m, d.state
 	d.state.changes = newChanges(d.state.blocks)
 	d.state.partial.changes = d.state.changes
 	err := m.update(func(h *header) {
@@ -135,7 +155,7 @@ func (d *Device) finish() error {
 	if err := s.m.shrink(); err != nil {
 		d.log.Warn("the map could not be shrunk; it is complete all the same", "map", s.m.path, "error", err)
 	}
-	s.m, s.snap = nil, snapshot{}
+	s.m = nil
 	return nil
 }
 
