@@ -26,6 +26,12 @@ func (m *move) machine(ctx context.Context, name string, where int, disk string,
 		return nil, err
 	}
 	defer ln.Close() // there is one caller
+	device := "virtio-blk-pci,drive=disk"
+	if where == 1 {
+		// Without a geometry QEMU reads a partition table at its start. Here that read is answered only after the
+		// handoff, and QEMU is deaf till then.
+		device += ",cyls=1024,heads=16,secs=32"
+	}
 	args := append([]string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none", "-nic", "none",
 		"-accel", m.o.Accel, "-cpu", m.o.CPU, "-m", strconv.Itoa(m.o.Memory),
@@ -33,9 +39,7 @@ func (m *move) machine(ctx context.Context, name string, where int, disk string,
 		"-serial", "stdio", "-serial", "file:" + m.path(name+".console"),
 		"-chardev", "socket,id=qmp,path=" + m.path(name+".qmp"), "-mon", "chardev=qmp,mode=control",
 		"-blockdev", "node-name=disk," + disk,
-		// Without a geometry QEMU reads a partition table at its start. At the destination that read is answered only
-		// after the handoff, and QEMU is deaf till then.
-		"-device", "virtio-blk-pci,drive=disk,cyls=1024,heads=16,secs=32",
+		"-device", device,
 	}, more...)
 	p, err := m.launch(name, func(out io.Reader) { m.console.readLoop(where, out) }, "qemu-system-x86_64", args...)
 	if err != nil {
