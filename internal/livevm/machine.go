@@ -26,7 +26,7 @@ func (m *move) machine(ctx context.Context, name string, where int, disk string,
 		return nil, err
 	}
 	defer ln.Close() // there is one caller
-	device := "virtio-blk-pci,drive=disk"
+	device := "virtio-blk-pci,drive=disk,werror=stop,rerror=stop"
 	if where == 1 {
 		// Without a geometry QEMU reads a partition table at its start. Here that read is answered only after the
 		// handoff, and QEMU is deaf till then.

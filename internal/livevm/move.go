@@ -59,7 +59,7 @@ func (o *Options) within(ctx context.Context) (context.Context, context.CancelFu
 }
 
 // Tools are the programs of others that a move needs.
-var Tools = []string{"qemu-system-x86_64", "mkfs.ext4", "e2fsck"}
+var Tools = []string{"qemu-system-x86_64", "mkfs.ext4", "e2fsck", "debugfs"}
 
 // warmUp is how many records there are before the move begins.
 const warmUp = 50
@@ -83,6 +83,14 @@ type move struct {
 
 // Move moves a machine once. The error is the first thing that was not as it has to be; the report is what is known then.
 func Move(ctx context.Context, o Options) (r Report, err error) {
+	return moveBy(ctx, o, func(m *move) []step {
+		return []step{m.makeDisk, m.boot, m.startDest, m.giveUp, m.attach, m.switchOver, m.verify, m.shutDown, m.complete, m.fsck}
+	})
+}
+
+type step func(context.Context) error
+
+func moveBy(ctx context.Context, o Options, steps func(*move) []step) (r Report, err error) {
 	ctx, cancel := o.within(ctx)
 	defer cancel()
 	m := &move{o: o, dir: o.Dir, console: newConsole()}
@@ -90,8 +98,8 @@ func Move(ctx context.Context, o Options) (r Report, err error) {
 		err = errors.Join(err, m.close())
 		r = m.report
 	}()
-	for _, step := range []func(context.Context) error{m.makeDisk, m.boot, m.startDest, m.giveUp, m.attach, m.switchOver, m.verify, m.finish} {
-		if err := step(ctx); err != nil {
+	for _, do := range steps(m) {
+		if err := do(ctx); err != nil {
 			return r, err
 		}
 	}
@@ -212,8 +220,8 @@ func (m *move) verify(ctx context.Context) error {
 	return nil
 }
 
-// finish ends all in order, and looks at the disk that is left.
-func (m *move) finish(ctx context.Context) error {
+// shutDown waits for the end of the guest.
+func (m *move) shutDown(ctx context.Context) error {
 	if err := m.new.wait(ctx); err != nil {
 		return err
 	}
@@ -224,16 +232,23 @@ func (m *move) finish(ctx context.Context) error {
 	if !strings.Contains(string(said), "guest-exit: 0") {
 		return fmt.Errorf("the guest did not end in order: its console is %q", said)
 	}
-	if err := m.source.wait(ctx); err != nil { // with 0: all is at the destination
+	return nil
+}
+
+// complete waits until all of the disk is at the destination, and ends dest.
+func (m *move) complete(ctx context.Context) error {
+	if err := m.source.wait(ctx); err != nil { // with 0: all is there
 		return err
 	}
 	m.report.DiskAfter = m.travelled() - m.report.DiskBefore
 	if err := m.dest.terminate(ctx); err != nil {
 		return err
 	}
-	if err := os.Remove(m.path("vm.raw")); err != nil { // it is not needed any more
-		return err
-	}
+	return os.Remove(m.path("vm.raw")) // it is not needed any more
+}
+
+// fsck looks at the file system that is left.
+func (m *move) fsck(ctx context.Context) error {
 	out, err := exec.CommandContext(ctx, "e2fsck", "-fn", m.path("moved.raw")).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("e2fsck: %w: %s", err, out)

@@ -122,7 +122,7 @@ func verify(out io.Writer, last int64, sum uint32) error {
 		return err
 	}
 	defer f.Close() // only read
-	places, bad, err := record.Verify(f, last, func(s string) { fmt.Fprintln(out, "bad", s) })
+	places, bad, err := record.Verify(f, last, 0, func(s string) { fmt.Fprintln(out, "bad", s) })
 	if err != nil {
 		return err
 	}

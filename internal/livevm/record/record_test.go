@@ -25,7 +25,7 @@ func written(last int64) []byte {
 }
 
 func verify(t *testing.T, file []byte, last int64) (places, bad int64, said []string) {
-	places, bad, err := Verify(bytes.NewReader(file), last, func(s string) { said = append(said, s) })
+	places, bad, err := Verify(bytes.NewReader(file), last, 0, func(s string) { said = append(said, s) })
 	require.NoError(t, err)
 	return places, bad, said
 }
@@ -69,6 +69,19 @@ func TestWhatIsLostOrChangedIsFound(t *testing.T) {
 		require.EqualValues(t, 1, bad, test.name)
 		require.Equal(t, []string{test.said}, said, test.name)
 	}
-	_, _, err := Verify(bytes.NewReader(written(last-1)), last, func(string) {})
+	_, _, err := Verify(bytes.NewReader(written(last-1)), last, 0, func(string) {})
 	require.ErrorContains(t, err, "record 100, at ")
+}
+
+func TestRecordThatWasUnderWayMayBeThere(t *testing.T) {
+	file := written(101) // record 100 was the last that was named
+	for next, want := range []int64{1, 0, 0} {
+		_, bad, err := Verify(bytes.NewReader(file), 100, int64(next), func(string) {})
+		require.NoError(t, err)
+		require.Equal(t, want, bad, "with %d more", next)
+	}
+	Fill(file[Places(90)[0]:Places(90)[0]+Size], 101)
+	_, bad, err := Verify(bytes.NewReader(file), 100, 1, func(string) {})
+	require.NoError(t, err)
+	require.EqualValues(t, 1, bad, "in the place of another")
 }

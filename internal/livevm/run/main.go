@@ -34,6 +34,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	o := livevm.Defaults()
 	var image string
 	var mib, cold int64
+	var lose bool
 	fs := flag.NewFlagSet("live-vm", flag.ContinueOnError)
 	fs.StringVar(&o.SiloNBD, "silo-nbd", "bin/silo-nbd", "the `program`")
 	fs.StringVar(&o.Guest, "guest", "bin/livevm-guest", "the workload's `program`")
@@ -49,6 +50,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	fs.DurationVar(&o.Before, "before", o.Before, "from the connection of the two to the start of the memory's migration")
 	fs.DurationVar(&o.After, "after", o.After, "that the guest writes on at the destination")
 	fs.BoolVar(&o.Abort, "abort", false, "give the first try up when the machine has been stopped for it, and move in a second")
+	fs.BoolVar(&lose, "lose", false, "lose the memory when the disk has been handed off: the machine does not move, and its disk must have all that it has written")
 	fs.Int64Var(&o.Cut, "cut", 0, "break the connection once, so many `bytes` of the source's after the handoff was asked for, below 0 of dest's")
 	fs.DurationVar(&o.Limit, "limit", o.Limit, "on all of it")
 	if err := fs.Parse(args); err != nil {
@@ -68,7 +70,11 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 		}
 	}
 	began := time.Now()
-	report, err := livevm.Move(ctx, o)
+	do := livevm.Move
+	if lose {
+		do = livevm.Lose
+	}
+	report, err := do(ctx, o)
 	fmt.Fprintf(out, "%v\ntook %v\n", report, time.Since(began).Round(100*time.Millisecond))
 	switch {
 	case err != nil:
