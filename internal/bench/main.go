@@ -41,6 +41,7 @@ var parts = []part{
 	{"waits", "reads of local blocks beside reads that wait for missing ones on the same connection, against the same without", waitsPart},
 	{"handoff", "how long a writer waits in a handoff, of disks more or less of which is dirty", handoffPart},
 	{"live", "4 KiB random writes at a source, alone and in the first pass, against nbdkit file", livePart},
+	{"boot", "a machine boots while its disk moves over a slow link, against a local disk, plain NBD and qemu's copy-on-read", bootPart},
 	{"order", "cost a block of moving empty disks of different size", orderPart},
 	{"startup", "from the start of dest to the first byte read, and its memory", startupPart},
 }
