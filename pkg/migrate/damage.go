@@ -15,6 +15,9 @@ const (
 	// that it is one of ours, before it sends to it as to a plain Silo: data that
 	// goes out before has no checksum, and one of ours does not take it.
 	plainPatience = time.Second
+	// oursPatience is the same where there was one of ours before. It leaves a
+	// plain Silo, whose first word is the answer to data, time to say it.
+	oursPatience = greetTimeout / 2
 	// damageQuiet is how long nothing was damaged before the next time is told as
 	// something new, and damageLogEvery how often it is told if it does not stop.
 	damageQuiet    = 10 * time.Second
@@ -100,7 +103,7 @@ func (p *pump) again(s span) {
 func (p *pump) awaitPeer(ctx context.Context) error {
 	patience := plainPatience
 	if p.counts.ours.Load() {
-		patience = greetTimeout
+		patience = oursPatience
 	}
 	late := time.NewTimer(patience)
 	defer late.Stop()

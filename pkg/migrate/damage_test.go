@@ -280,7 +280,7 @@ func TestPlainPeerAfterOneOfOursGetsTheBackground(t *testing.T) {
 		go func() { _ = p.bulkLoop(ctx) }()
 		select {
 		case <-m.sent:
-			require.Equal(t, greetTimeout, time.Since(began))
+			require.Equal(t, oursPatience, time.Since(began))
 		case <-time.After(time.Hour):
 			t.Error("nothing was sent in an hour")
 		}

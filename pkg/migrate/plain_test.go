@@ -9,8 +9,10 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -78,13 +80,16 @@ func (b bare) AppendBinary(p []byte) ([]byte, error) { return append(p, byte(b))
 // does, and fails on whatever would kill or stall that one.
 type plainDestination struct {
 	*rawPeer
-	needs int  // blocks to ask for once each device is known
-	live  bool // the source's disks are
+	needs int           // blocks to ask for once each device is known
+	live  bool          // the source's disks are
+	slow  time.Duration // before a block lands
+	kept  *plainDevice  // what is here from an earlier connection
 
 	answers sync.WaitGroup
 	mu      sync.Mutex
 	// Guarded by mu:
 	devs       map[uint32]*plainDevice
+	events     []wire.EventType // of all devices
 	unanswered int
 	err        error
 }
@@ -92,8 +97,24 @@ type plainDestination struct {
 type plainDevice struct {
 	info      wire.DevInfo
 	data      []byte
-	inFlight  map[int64]bool
+	inFlight  map[int64]bool // by offset
+	held      map[int64]bool // what comes for these is answered, and not taken
+	again     int            // blocks that came and were held
 	completed bool
+}
+
+// device is the only one there is.
+func (d *plainDestination) device() *plainDevice {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.devs[firstDevice]
+}
+
+// told says whether the event has come.
+func (d *plainDestination) told(ev wire.EventType) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Contains(d.events, ev)
 }
 
 // run serves until the source closes the connection.
@@ -130,6 +151,7 @@ func (d *plainDestination) take(h wire.Header, packet []byte) error {
 	case wire.CommandEvent:
 		d.mu.Lock()
 		dev.completed = dev.completed || packet[1] == byte(wire.EventCompleted)
+		d.events = append(d.events, wire.EventType(packet[1]))
 		d.mu.Unlock()
 		return d.answer(h.Dev, h.ID, bare(wire.CommandEventResponse))
 	case wire.CommandDirtyList:
@@ -157,6 +179,7 @@ func (d *plainDestination) forget(dev *plainDevice, packet []byte) error {
 		if off := int64(b) * int64(m.BlockSize); off >= int64(dev.info.Size) || dev.inFlight[off] {
 			return fmt.Errorf("a dirty list names block %d of %d bytes, which is in flight or past the end", b, m.BlockSize)
 		}
+		delete(dev.held, int64(b)*int64(m.BlockSize))
 	}
 	return nil
 }
@@ -172,7 +195,10 @@ func (d *plainDestination) begin(h wire.Header, packet []byte) error {
 	name := int(binary.LittleEndian.Uint16(packet[13:]))
 	dev.info.Name = string(packet[15 : 15+name])
 	dev.data = make([]byte, dev.info.Size)
-	dev.inFlight = make(map[int64]bool)
+	dev.inFlight, dev.held = make(map[int64]bool), make(map[int64]bool)
+	if d.kept != nil {
+		dev.data, dev.held = d.kept.data, d.kept.held
+	}
 	d.mu.Lock()
 	d.devs[h.Dev] = &dev
 	d.mu.Unlock()
@@ -219,8 +245,16 @@ func (d *plainDestination) write(h wire.Header, dev *plainDevice, packet []byte)
 	dev.inFlight[m.Off] = true
 	data = bytes.Clone(data)
 	d.answers.Go(func() {
+		if d.slow > 0 {
+			<-time.After(d.slow)
+		}
 		d.mu.Lock()
-		copy(dev.data[m.Off:], data)
+		if dev.held[m.Off] {
+			dev.again++
+		} else {
+			copy(dev.data[m.Off:], data)
+			dev.held[m.Off] = true
+		}
 		delete(dev.inFlight, m.Off)
 		d.unanswered--
 		d.mu.Unlock()
