@@ -127,3 +127,22 @@ func TestSiloThatEndsBeforeItIsReadyIsNotWaitedFor(t *testing.T) {
 	require.ErrorContains(t, err, "dest ended before it was ready")
 	require.NoError(t, m.close())
 }
+
+func TestReport(t *testing.T) {
+	r := Report{
+		Pause: 120 * time.Millisecond, GuestPause: 57 * time.Millisecond, PauseBefore: 266 * time.Millisecond, PauseAfter: 98 * time.Millisecond,
+		Stopped: 52 * time.Millisecond, Switched: time.Second, Handoff: 4900 * time.Microsecond, Asked: 1, Memory: 97 << 20, MemoryPasses: 3,
+		DiskBefore: 98 << 20, DiskAfter: 1 << 19, DiskPasses: 2, Missing: 1 << 18, Records: 222, RecordsBefore: 165, Places: 286, Cold: 96 << 20, Fsck: "clean: x",
+	}
+	want := `the guest's longest pause: 266ms (across the move 120ms, by its own clock 57ms; before it 266ms, after it 98ms)
+stopped: 52ms by QEMU's account, of which the handoff of the disk took 4.9ms
+memory: 97.0 MiB in 3 passes, 1s from the start of its migration to the guest's start at the destination
+disk: 98.0 MiB before the handoff, in 2 passes; 0.5 MiB after it, with 0.2 MiB (holes included) missing at the destination when that became its owner
+records: 165 at the source, 57 at the destination
+verified by the guest: 286 places with records, and 96.0 MiB that nobody wrote; mismatches: 0
+e2fsck: clean: x`
+	require.Equal(t, want, r.String())
+	r.GivenUp, r.Asked = 5*time.Millisecond, 3
+	require.Contains(t, r.String(), "a first try was given up; the guest stood still for 5ms, and went on at the source\nthe guest's")
+	require.Contains(t, r.String(), "took 4.9ms (asked for 3 times)\n")
+}

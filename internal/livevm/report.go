@@ -33,20 +33,23 @@ type Report struct {
 	Fsck                   string // what e2fsck says last; empty: it did not come so far
 }
 
+// Longest is the longest pause of the guest: between any two records.
+func (r Report) Longest() time.Duration { return max(r.Pause, r.PauseBefore, r.PauseAfter) }
+
 // String is the report in words.
 func (r Report) String() string {
 	first := ""
 	if r.GivenUp > 0 {
 		first = fmt.Sprintf("a first try was given up; the guest stood still for %v, and went on at the source\n", ms(r.GivenUp))
 	}
-	return first + fmt.Sprintf(`the guest's longest pause: %v across the move (%v by its own clock); %v before it, %v after it
+	return first + fmt.Sprintf(`the guest's longest pause: %v (across the move %v, by its own clock %v; before it %v, after it %v)
 stopped: %v by QEMU's account, of which the handoff of the disk took %v%s
 memory: %s in %d passes, %v from the start of its migration to the guest's start at the destination
 disk: %s before the handoff, in %d passes; %s after it, with %s (holes included) missing at the destination when that became its owner
 records: %d at the source, %d at the destination
 verified by the guest: %d places with records, and %s that nobody wrote; mismatches: %d
 e2fsck: %s`,
-		ms(r.Pause), ms(r.GuestPause), ms(r.PauseBefore), ms(r.PauseAfter), ms(r.Stopped), ms(r.Handoff), again(r.Asked),
+		ms(r.Longest()), ms(r.Pause), ms(r.GuestPause), ms(r.PauseBefore), ms(r.PauseAfter), ms(r.Stopped), ms(r.Handoff), again(r.Asked),
 		mib(r.Memory), r.MemoryPasses, ms(r.Switched),
 		mib(r.DiskBefore), r.DiskPasses, mib(r.DiskAfter), mib(r.Missing),
 		r.RecordsBefore, r.Records-r.RecordsBefore, r.Places, mib(r.Cold), r.Mismatches, r.Fsck)
