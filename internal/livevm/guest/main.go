@@ -92,6 +92,10 @@ func write(out io.Writer, pause time.Duration, enough <-chan error) (last int64,
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
+	// So that the records lie on the disk as they do in the file.
+	if err := syscall.Fallocate(int(f.Fd()), 0, 0, record.FileSize()); err != nil {
+		return 0, fmt.Errorf("fallocate: %w", err)
+	}
 	p := make([]byte, record.Size)
 	for before := time.Now(); ; {
 		record.Fill(p, last+1)

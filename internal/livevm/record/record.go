@@ -12,8 +12,20 @@ import (
 const Size = 4096
 
 // Rings are how many records the rings of the file have room for; they lie one behind the other. The first is a few
-// blocks that are written all the time, as a file system's journal is; the second is where a write finds a new block.
-var Rings = []int64{64, 4096}
+// blocks that are written all the time, as a file system's journal is. In the second each record goes far away from the
+// one before, so that what is lost of one is not made good by the next.
+var Rings = []int64{64, 16384}
+
+// stride is how many places further a record lies in its ring. It is odd, so that all places are used in turn.
+const stride = 6037
+
+// FileSize is that of the file, in bytes.
+func FileSize() (n int64) {
+	for _, ring := range Rings {
+		n += ring * Size
+	}
+	return n
+}
 
 var table = crc32.MakeTable(crc32.Castagnoli)
 
@@ -32,7 +44,7 @@ func Places(number int64) []int64 {
 	var places []int64
 	begin := int64(0)
 	for _, ring := range Rings {
-		places = append(places, begin+(number-1)%ring*Size)
+		places = append(places, begin+(number-1)*stride%ring*Size)
 		begin += ring * Size
 	}
 	return places

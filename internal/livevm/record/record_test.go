@@ -2,6 +2,7 @@ package record
 
 import (
 	"bytes"
+	"fmt"
 	"hash/crc32"
 	"testing"
 
@@ -10,14 +11,11 @@ import (
 
 // written is a file to which so many records were written.
 func written(last int64) []byte {
-	var file []byte
+	file := make([]byte, FileSize())
 	p := make([]byte, Size)
 	for n := int64(1); n <= last; n++ {
 		Fill(p, n)
 		for _, off := range Places(n) {
-			if need := off + Size; need > int64(len(file)) {
-				file = append(file, make([]byte, need-int64(len(file)))...)
-			}
 			copy(file[off:], p)
 		}
 	}
@@ -41,7 +39,17 @@ func TestWhatWasWrittenIsFound(t *testing.T) {
 func TestRingsLieOneBehindTheOtherAndGoRound(t *testing.T) {
 	require.Equal(t, []int64{0, Rings[0] * Size}, Places(1))
 	require.Equal(t, Places(1), Places(Rings[0]*Rings[1]+1))
-	require.Equal(t, []int64{(Rings[0] - 1) * Size, (Rings[0] + Rings[1] - 1) * Size}, Places(Rings[1]))
+	for ring, size := range Rings {
+		used := make(map[int64]bool)
+		for n := range size {
+			off := Places(n + 1)[ring]
+			require.True(t, off >= 0 && off < FileSize() && off%Size == 0)
+			used[off] = true
+		}
+		require.Len(t, used, int(size), "each place once")
+		far := Places(2)[ring] - Places(1)[ring]
+		require.Greater(t, far, int64(64<<10), "the next lies in another block of the migration")
+	}
 }
 
 func TestRecordCarriesItsSum(t *testing.T) {
@@ -53,15 +61,16 @@ func TestRecordCarriesItsSum(t *testing.T) {
 
 func TestWhatIsLostOrChangedIsFound(t *testing.T) {
 	const last = 100
+	at := func(n int64, ring int) string { return fmt.Sprintf("record %d is not at %d: ", n, Places(n)[ring]) }
 	hot := Places(last)[0]
 	for _, test := range []struct {
 		name   string
 		damage func(file []byte)
 		said   string
 	}{
-		{"a changed bit", func(file []byte) { file[Places(7)[1]+1000] ^= 1 }, "record 7 is not at 286720: what is there is no record"},
-		{"the version before", func(file []byte) { Fill(file[hot:hot+Size], last-Rings[0]) }, "record 100 is not at 143360: record 36 is"},
-		{"zeroes", func(file []byte) { clear(file[Places(last)[1]:]) }, "record 100 is not at 667648: what is there is no record"},
+		{"a changed bit", func(file []byte) { file[Places(7)[1]+1000] ^= 1 }, at(7, 1) + "what is there is no record"},
+		{"the version before", func(file []byte) { Fill(file[hot:hot+Size], last-Rings[0]) }, at(100, 0) + "record 36 is"},
+		{"zeroes", func(file []byte) { clear(file[Places(last)[1]:][:Size]) }, at(100, 1) + "what is there is no record"},
 	} {
 		file := written(last)
 		test.damage(file)
@@ -69,8 +78,8 @@ func TestWhatIsLostOrChangedIsFound(t *testing.T) {
 		require.EqualValues(t, 1, bad, test.name)
 		require.Equal(t, []string{test.said}, said, test.name)
 	}
-	_, _, err := Verify(bytes.NewReader(written(last-1)), last, 0, func(string) {})
-	require.ErrorContains(t, err, "record 100, at ")
+	_, _, err := Verify(bytes.NewReader(written(last)[:Places(7)[1]]), last, 0, func(string) {})
+	require.ErrorContains(t, err, "at ")
 }
 
 func TestRecordThatWasUnderWayMayBeThere(t *testing.T) {
