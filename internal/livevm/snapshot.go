@@ -64,5 +64,9 @@ func (m *move) restore(ctx context.Context) error {
 	if err := m.old.migration(ctx, "completed"); err != nil {
 		return err
 	}
-	return m.old.qmp.Execute(ctx, "cont", nil, nil)
+	if err := m.old.qmp.Execute(ctx, "cont", nil, nil); err != nil {
+		return err
+	}
+	_, err := m.old.event(ctx, "RESUME") // this one: others are waited for later
+	return err
 }
