@@ -120,6 +120,9 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 	for _, name := range ledger.Crashed() {
 		c.log.Warn("the last source of this disk did not end in order: what was copied before is not trusted, and the copy begins anew", "disk", name)
 	}
+	for _, name := range ledger.Ended() {
+		c.log.Info("this disk had a source before: what was copied from it then is not trusted, since changes are remembered only while a source runs; the copy begins anew", "disk", name)
+	}
 	switch {
 	case ledger.HandedOff():
 		c.log.Warn("the disks were handed off: nothing is served here; what is missing at the destination is sent when it connects")
@@ -214,7 +217,13 @@ func (f *sourceFlags) moveLive(ctx context.Context, source *migrate.Source, conn
 		return broken
 	}
 	if !source.HandedOff() {
-		return nil // the disks are here, as before
+		for _, d := range source.Status() {
+			if d.BytesSent > 0 {
+				c.log.Warn("ended before the handoff: the disk is here, with all that was written; what was copied is not trusted when a source is started again, and the copy begins anew",
+					"disk", d.Name, "copied_bytes", d.BytesSent)
+			}
+		}
+		return nil
 	}
 	if lack := missing(source.Status()); lack != "" {
 		return fmt.Errorf("interrupted: the disks belong to the destination, but %s: run the same command again to go on", lack)

@@ -39,6 +39,7 @@ type Live struct {
 	states []state
 
 	crashed   []string
+	ended     []string
 	handedOff bool
 }
 
@@ -69,8 +70,11 @@ func OpenLive(disks []LiveDisk, reclaim bool) (*Live, error) {
 	}
 	for i := range l.states {
 		s := &l.states[i]
-		if s.Open && s.Handoff == nil {
+		switch {
+		case s.Open && s.Handoff == nil:
 			l.crashed = append(l.crashed, disks[i].Name)
+		case s.Generation > 0 && s.Handoff == nil:
+			l.ended = append(l.ended, disks[i].Name)
 		}
 		s.Version, s.Open, s.Handoff = versionLive, true, nil
 		s.Generation++
@@ -115,6 +119,11 @@ func (l *Live) HandedOff() bool { return l.handedOff }
 // Crashed are the names of disks whose last source did not end in order: what
 // was copied before is not trusted.
 func (l *Live) Crashed() []string { return l.crashed }
+
+// Ended are the names of disks that had a source before, which ended in order:
+// what was copied then is not trusted either, since it is not known what has
+// changed.
+func (l *Live) Ended() []string { return l.ended }
 
 // Identity is that of the i-th disk.
 func (l *Live) Identity(i int) (migrate.Identity, error) {

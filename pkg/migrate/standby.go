@@ -105,7 +105,7 @@ func (d *destDisk) restart(id Identity) error {
 	d.mu.Lock()
 	d.id = id
 	d.mu.Unlock()
-	d.log.Warn("the source was written while nobody kept record, as after a crash: what was copied before is not trusted, and the copy begins anew",
+	d.log.Warn("the source was started anew, and nobody knows what was written before it was: what was copied before is not trusted, and the copy begins anew",
 		"disk", d.name, "generation", id.Generation)
 	return nil
 }
