@@ -102,10 +102,7 @@ func (c *conn) serve() {
 	if c.nc != c.raw && !c.dead.Load() {
 		c.nc.Close() // TLS says goodbye; whether that arrives changes nothing
 	}
-	left := c.finish()
-	if f := c.s.o.OnDisconnect; f != nil {
-		f(c.e.Name, left)
-	}
+	c.finish()
 }
 
 // abandon is for a connection that never came to serve.
@@ -114,17 +111,19 @@ func (c *conn) abandon() {
 	c.finish()
 }
 
-// finish leaves the export; left is how many clients it has then.
-func (c *conn) finish() (left int) {
+// finish leaves the export, and tells of it whoever has counted c.
+func (c *conn) finish() {
 	c.kill(io.EOF)
 	c.dropQueue()
-	left = c.e.detach(c)
+	left := c.e.detach(c)
 	close(c.drained)
 	c.mu.Lock()
 	cause := c.cause
 	c.mu.Unlock()
 	c.s.log.Debug("client left", "export", c.e.Name, "from", c.raw.RemoteAddr(), "why", cause)
-	return left
+	if f := c.s.o.OnDisconnect; f != nil {
+		f(c.e.Name, left)
+	}
 }
 
 // workLoop is the life of a worker, which begins as the leader.

@@ -278,6 +278,23 @@ func TestPerExportLimit(t *testing.T) {
 	require.Zero(t, <-left)
 }
 
+// Whoever waits for the last client to leave has counted this one.
+func TestAClientThatLeavesWhileItsHandshakeEndsIsToldOf(t *testing.T) {
+	left := make(chan int, 1)
+	s := NewServer(Options{
+		OnConnect:    func(string) { t.Error("it never came so far") },
+		OnDisconnect: func(_ string, n int) { left <- n },
+	})
+	require.NoError(t, s.AddExport(Export{Name: "disk", Backend: newMemory(mib)}))
+	c := pipeClient(t, s)
+	c.greet(clientFixedNewstyle)
+	c.send(magicOption, uint32(optGo), uint32(len(infoData("disk"))), infoData("disk"))
+	require.NoError(t, c.Close()) // a pipe holds nothing: the answer has nowhere to go
+	require.Zero(t, <-left)
+	require.Zero(t, s.Connections())
+	require.NoError(t, s.Close())
+}
+
 func TestServerLimitOfConnections(t *testing.T) {
 	_, path := newTestServer(t, Options{MaxConnections: 2}, Export{Backend: newMemory(mib)})
 	a, b := dialRaw(t, path).enter("", modeSimple), dialRaw(t, path).enter("", modeSimple)

@@ -37,8 +37,9 @@ type Options struct {
 	// block.
 	OnConnect func(export string)
 	// OnDisconnect is called when a client has left an export and none of its
-	// requests runs any more; left is how many clients the export still has.
-	// It must not block, and not call back into the Server.
+	// requests runs any more; left is how many clients the export still has. It
+	// is also called for one that left while its handshake ended, of which
+	// OnConnect was not told. It must not block, and not call back into the Server.
 	OnDisconnect func(export string, left int)
 }
 
