@@ -11,6 +11,7 @@ import (
 
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/firstblocks"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
@@ -160,6 +161,7 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 	defer func() { err = errors.Join(err, l.Close()) }()
 	source, err := migrate.NewSource(l.moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		First:       firstblocks.Find,
 		AutoHandoff: f.live.handoff == "auto", MaxDowntime: f.live.maxDowntime, Ledger: l.ledger,
 	})
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,12 +29,17 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs testdata/*.txtar, one behaviour each, as a user would see it.
 func TestScripts(t *testing.T) {
+	images, err := filepath.Abs("../../internal/firstblocks/testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
 		Condition:           condition,
 		Setup: func(e *testscript.Env) error {
 			e.Values[authorities{}] = make(map[string]*tlstest.Authority)
+			e.Setenv("IMAGES", images)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

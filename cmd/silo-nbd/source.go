@@ -9,6 +9,7 @@ import (
 
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/firstblocks"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/internal/units"
@@ -33,10 +34,12 @@ func newSourceCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR) [--nbd ADDR]",
 		Short: "Send disks, also while they are in use",
-		Long: `Sends disks to a destination: blocks that it asks for first, the rest in order. The
-disks must not be written meanwhile; they are opened for reading only. Ends with 0 when
-the destination has said of every disk that it has all of it; from then on the source is
-not needed any more. A connection that breaks is made again without limit.
+		Long: `Sends disks to a destination: blocks that it asks for first, then what
+the file systems on them (ext2, ext3, ext4) consist of but for the contents of files, then
+the rest in order. The disks must not be written meanwhile; they are opened for reading
+only. Ends with 0 when the destination has said of every disk that it has all of it; from
+then on the source is not needed any more. A connection that breaks is made again without
+limit.
 
 With --nbd the disks are in use: they are served there, read and write, to the virtual
 machine of this host, and sent meanwhile, what changes again and again. The handoff stops
@@ -114,6 +117,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		First: firstblocks.Find,
 	})
 	if err != nil {
 		return err

@@ -41,16 +41,22 @@ func (b bitmap) clearRange(from, to int64) (cleared int64) {
 }
 
 // next returns the first set bit at or after from, or -1.
-func (b bitmap) next(from int64) int64 {
-	if from >= b.n {
+func (b bitmap) next(from int64) int64 { return b.nextIn(from, b.n) }
+
+// nextIn returns the first set bit of [from, to), or -1; to is at most the number of bits.
+func (b bitmap) nextIn(from, to int64) int64 {
+	if from >= to {
 		return -1
 	}
 	w := b.words[from>>6] &^ (1<<(from&63) - 1)
 	for i := from >> 6; ; {
 		if w != 0 {
-			return i<<6 + int64(bits.TrailingZeros64(w))
+			if at := i<<6 + int64(bits.TrailingZeros64(w)); at < to {
+				return at
+			}
+			return -1
 		}
-		if i++; i == int64(len(b.words)) {
+		if i++; i<<6 >= to {
 			return -1
 		}
 		w = b.words[i]

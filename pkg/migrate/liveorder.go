@@ -94,13 +94,13 @@ func (o *order) setAsideLocked(b int64) {
 	}
 }
 
-// nextPendingLocked is the first pending block at or after from that can be
-// sent, or -1.
-func (o *order) nextPendingLocked(from int64) int64 {
-	b := o.pending.next(from)
+// nextPendingLocked is the first pending block of [from, to) that can be sent,
+// or -1.
+func (o *order) nextPendingLocked(from, to int64) int64 {
+	b := o.pending.nextIn(from, to)
 	for o.live != nil && b >= 0 && o.live.stale(b) {
 		o.setAsideLocked(b)
-		b = o.pending.next(b + 1)
+		b = o.pending.nextIn(b+1, to)
 	}
 	return b
 }

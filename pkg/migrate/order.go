@@ -22,8 +22,8 @@ const (
 )
 
 // order decides which block is sent next: asked-for blocks first, in the order
-// of asking, then hints, then the rest: what follows the last ask, to the end of
-// the disk, and then from its start.
+// of asking, then hints, then what goes first of the background, then the rest:
+// what follows the last ask, to the end of the disk, and then from its start.
 // Each block is pending, flying (sent, no answer yet), delayed (failed, tried
 // again later) or settled. The cost of a block does not depend on the size of
 // the disk.
@@ -41,6 +41,7 @@ type order struct {
 	left, out       int64  // blocks pending, blocks flying
 	cursor          int64  // where the background goes on
 	asks, hints     fifo
+	first           []span             // go before the rest, and nobody waits for them; what is left of them
 	scanAsked       bool               // an ask did not fit into asks
 	delayed         []delayedBlock     // in no order: there are few
 	attempts        map[int64]int      // how often a block that is not settled has failed; 0: it was damaged on the way
@@ -228,7 +229,7 @@ func (o *order) peekBulk() (block int64, hint, ok bool) {
 		if !ok {
 			break
 		}
-		if b := o.nextPendingLocked(s.from); b >= 0 && b < s.to {
+		if b := o.nextPendingLocked(s.from, s.to); b >= 0 {
 			o.hints.setFront(span{b, s.to})
 			return b, true, true
 		}
@@ -240,9 +241,12 @@ func (o *order) peekBulk() (block int64, hint, ok bool) {
 	}
 	for {
 		o.nextWaveLocked()
-		b := o.nextPendingLocked(o.cursor)
+		if b := o.firstLocked(); b >= 0 {
+			return b, false, true
+		}
+		b := o.nextPendingLocked(o.cursor, o.geo.blocks)
 		if b < 0 {
-			b = o.nextPendingLocked(0)
+			b = o.nextPendingLocked(0, o.geo.blocks)
 		}
 		switch {
 		case b >= 0:
@@ -273,9 +277,10 @@ func (o *order) retryLocked() (block int64, ok bool) {
 func (o *order) takeBulk(from, limit int64) (span, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.halted || o.room.held || !o.pending.get(from) || o.nextPendingLocked(from) != from {
+	if o.halted || o.room.held || o.nextPendingLocked(from, from+1) != from {
 		return span{}, false
 	}
+	limit = o.atMostLocked(from, limit)
 	if o.room.none {
 		o.room.probing, o.room.held = true, true
 		limit = 1

@@ -110,7 +110,10 @@ func (m *orderModel) land(f modelFlight) {
 func (m *orderModel) happen() {
 	blocks := m.o.geo.blocks
 	from := m.rnd.Int64N(blocks)
-	switch k := m.rnd.IntN(16); {
+	switch k := m.rnd.IntN(17); {
+	case k == 16:
+		off, length := m.o.geo.bytes(span{from, min(blocks, from+1+m.rnd.Int64N(4))})
+		m.o.goFirst([]Range{{off, length}, {m.rnd.Int64N(2 * m.o.geo.size), 4096}})
 	case k < 2:
 		s := span{from, min(blocks, from+1+m.rnd.Int64N(4))}
 		m.each(s, func(b int64) {

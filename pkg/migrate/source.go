@@ -57,6 +57,12 @@ type SourceOptions struct {
 	AutoHandoff bool
 	// MaxDowntime is for AutoHandoff; 0 is DefaultMaxDowntime.
 	MaxDowntime time.Duration
+	// First says what of a disk goes before the rest of the background, the most
+	// useful first: what the machine that uses it is going to ask for. It is asked
+	// on each connection, while the rest is on its way; of a disk in use for the
+	// first pass. What it says is an order and nothing else: what is not on the
+	// disk is ignored. nil: nothing does.
+	First func(ctx context.Context, disk storage.StorageProvider) ([]Range, error)
 	// Ledger keeps over a crash whether the live disks were handed off; nil
 	// forgets it.
 	Ledger Ledger
@@ -267,6 +273,7 @@ func (s *Source) move(ctx context.Context, c *line) error {
 	loops.Go(func() error { return c.pump.bulkLoop(ctx) })
 	loops.Go(func() error { return c.pump.demandLoop(ctx) })
 	loops.Go(func() error { return s.takenLoop(ctx, c) })
+	loops.Go(func() error { s.first(ctx, c); return nil })
 	loops.Go(func() error { return d.finish(ctx, c.order, c.to) })
 	if err := loops.Wait(); err != nil && !errors.Is(err, errMoved) {
 		d.note(err)
