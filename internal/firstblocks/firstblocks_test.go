@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -25,7 +27,8 @@ type disk struct {
 	storage.StorageProvider // nil: nothing else is asked of it
 	data                    []byte
 	changed                 map[int64]byte
-	broken                  int64 // reads from here on fail; 0: none
+	broken                  int64         // reads from here on fail; 0: none
+	slow                    time.Duration // each read takes so long
 	reads, bytes            int64
 }
 
@@ -36,6 +39,9 @@ var errBroken = errors.New("broken sector")
 func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	d.reads++
 	d.bytes += int64(len(p))
+	if d.slow > 0 {
+		<-time.After(d.slow)
+	}
 	if off < 0 || off > int64(len(d.data)) {
 		return 0, fmt.Errorf("read at %d", off)
 	}
@@ -221,4 +227,15 @@ func TestABadSectorLeavesWhatWasFound(t *testing.T) {
 	require.ErrorIs(t, err, errBroken)
 	require.NotEmpty(t, found)
 	require.Less(t, len(found), len(all))
+}
+
+func TestASlowDiskIsLookedAtForSomeTimeOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &disk{data: image(t, "deep"), slow: 3 * time.Second}
+		began := time.Now()
+		found, err := Find(t.Context(), d)
+		require.ErrorIs(t, err, errTime)
+		require.NotEmpty(t, found)
+		require.Less(t, time.Since(began), maxTime+2*d.slow)
+	})
 }
