@@ -21,6 +21,7 @@ import (
 // bench is one run: where things are and how much is measured.
 type bench struct {
 	silo   string // the command under test
+	bare   string // the same without map and checksums, or empty
 	memory string // a directory in memory, for what must not wait for a disk
 	disk   string // a directory on a disk
 	rounds int
@@ -68,6 +69,7 @@ func run(ctx context.Context, args []string) error {
 	dir := os.TempDir()
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.StringVar(&b.silo, "silo-nbd", "bin/silo-nbd", "the command to measure")
+	fs.StringVar(&b.bare, "unchecked", "", "the command built with the tag unchecked, to be compared in stream")
 	fs.IntVar(&b.rounds, "rounds", 5, "rounds of each measurement")
 	fs.BoolVar(&b.quick, "quick", false, "small sizes and one round: shows that it works, measures nothing")
 	fs.StringVar(&dir, "dir", dir, "a directory on a disk with 3 GiB of room")

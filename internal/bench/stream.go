@@ -19,6 +19,9 @@ func streamPart(ctx context.Context, b *bench) error {
 	movers := []mover{
 		{"bare loop", moveByLoop()}, {"silo-nbd", moveBySilo}, {"bare loop with CRC32C", moveByLoop("sum")},
 	}
+	if b.bare != "" {
+		movers = append(movers, mover{"silo-nbd without map and CRC32C", moveByUnchecked})
+	}
 	if have("nbdkit") && have("nbdcopy") {
 		movers = append(movers, mover{"nbdcopy, 1 connection", moveByNBDCopy(1)}, mover{"nbdcopy, 4 connections", moveByNBDCopy(4)})
 	} else {
@@ -57,9 +60,9 @@ func streamIn(ctx context.Context, b *bench, place, dir string, size int64, move
 		}
 	}
 	fmt.Printf("   %s, %d MiB of random data\n", place, size/mib)
-	fmt.Printf("   %-24s %10s %12s %10s %12s\n", "", "MiB/s", "CPU s/GiB", "x loop", "CPU x loop")
+	fmt.Printf("   %-32s %10s %12s %10s %12s\n", "", "MiB/s", "CPU s/GiB", "x loop", "CPU x loop")
 	for i, m := range movers {
-		fmt.Printf("   %-24s %10.0f %12.2f %10.2f %12.2f\n", m.name, median(rates[i]), median(cpus[i]),
+		fmt.Printf("   %-32s %10.0f %12.2f %10.2f %12.2f\n", m.name, median(rates[i]), median(cpus[i]),
 			median(rates[i])/median(rates[0]), median(cpus[i])/median(cpus[0]))
 	}
 	for i, m := range movers[min(2, len(movers)):] {
@@ -96,6 +99,13 @@ func moveByLoopOf(ctx context.Context, self, src, dst string, args []string) (to
 	}
 	receiveCPU, err := receive.wait()
 	return time.Since(began), sendCPU + receiveCPU, err
+}
+
+// moveByUnchecked moves by the command that was built without a map and checksums.
+func moveByUnchecked(ctx context.Context, b *bench, src, dst string) (took, cpu time.Duration, err error) {
+	other := *b
+	other.silo = b.bare
+	return moveBySilo(ctx, &other, src, dst)
 }
 
 func moveBySilo(ctx context.Context, b *bench, src, dst string) (took, cpu time.Duration, err error) {

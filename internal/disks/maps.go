@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/silo-nbd/silo-nbd/internal/unchecked"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -123,7 +124,7 @@ func (d *Destination) whose(s Spec, disk *Disk) error {
 // of the one that may be there.
 func makeMap(d *Disk, s Spec, a migrate.Announcement) (*lazy.Map, error) {
 	where := s.mapPath(d.File)
-	if where == "" {
+	if where == "" || unchecked.Build {
 		return nil, nil
 	}
 	if err := removeMap(where); err != nil {
