@@ -8,9 +8,9 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/silo-nbd/silo-nbd/internal/unchecked"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -124,7 +124,7 @@ func (d *Destination) whose(s Spec, disk *Disk) error {
 // of the one that may be there.
 func makeMap(d *Disk, s Spec, a migrate.Announcement) (*lazy.Map, error) {
 	where := s.mapPath(d.File)
-	if where == "" || unchecked.Build {
+	if where == "" || protocol.Unchecked {
 		return nil, nil
 	}
 	if err := removeMap(where); err != nil {

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"sync/atomic"
 
-	"github.com/silo-nbd/silo-nbd/internal/unchecked"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 )
 
@@ -40,7 +39,7 @@ func (p *ProtocolRW) allow() {
 
 // takesChecked says whether the peer that announces di takes checked packets.
 func takesChecked(di *wire.DevInfo) bool {
-	return !unchecked.Build && di.Extension != nil && di.Extension.Revision >= wire.RevisionChecked
+	return !Unchecked && di.Extension != nil && di.Extension.Revision >= wire.RevisionChecked
 }
 
 // openChecked looks at the packet behind h, of which only the header is gone. Of a
