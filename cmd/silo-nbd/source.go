@@ -107,17 +107,19 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	var moving []migrate.SourceDisk
+	past := past{log: c.log}
 	for i, file := range files {
 		defer func() { err = errors.Join(err, file.Close()) }()
-		id, err := identify(specs[i], file, c)
+		id, where, err := identify(specs[i], file, c)
 		if err != nil {
 			return err
 		}
+		past.add(where)
 		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file, Identity: id})
 	}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
-		First: firstblocks.Find,
+		First: firstblocks.Find, Known: past.met(), Met: func() { past.set(true) },
 	})
 	if err != nil {
 		return err
@@ -142,7 +144,11 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	op.ready()
 	err = source.Run(ctx, ends.Next)
 	op.stopping()
-	if err == nil || ctx.Err() == nil {
+	if err == nil {
+		past.set(false)
+		return nil
+	}
+	if ctx.Err() == nil {
 		return err
 	}
 	if lack := missing(source.Status()); lack != "" {
@@ -151,27 +157,28 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	return nil
 }
 
-// identify says which disk it is. Beside a file whose directory cannot be written
-// that is not known, which costs no more than a resume; where it was said where
-// to keep it, it has to be.
-func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Identity, err error) {
+// identify says which disk it is, and where that is kept. Beside a file whose
+// directory cannot be written that is not known, which costs no more than a
+// resume; where it was said where to keep it, it has to be.
+func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Identity, where string, err error) {
 	if spec.State != "" {
 		if id, err = identity.Of(file, spec.State); err != nil {
-			return id, fmt.Errorf("--state: %w", err)
+			return id, "", fmt.Errorf("--state: %w", err)
 		}
-		return id, nil
+		return id, spec.State, nil
 	}
-	where, err := identity.Default(file.Path(), file.IsBlockDevice())
+	where, err = identity.Default(file.Path(), file.IsBlockDevice())
 	if err != nil {
-		return id, err
+		return id, "", err
 	}
 	id, err = identity.Of(file, where)
 	if errors.Is(err, identity.ErrHandedOff) {
-		return id, err
+		return id, "", err
 	}
 	if err != nil {
 		c.log.Warn("a destination that is restarted will not take this disk for the same: say where to keep what it needs, with --state",
 			"disk", file.Path(), "error", err)
+		return id, "", nil
 	}
-	return id, nil
+	return id, where, nil
 }

@@ -47,6 +47,7 @@ type state struct {
 	UUID        string      `json:"uuid"` // 32 hexadecimal digits
 	Generation  uint64      `json:"generation"`
 	Fingerprint fingerprint `json:"fingerprint"`
+	Met         bool        `json:"met,omitempty"` // a destination has begun to take this generation, and has not all of it
 	// Of version 2 only:
 	Open    bool     `json:"open,omitempty"`    // it is served, or its process has crashed
 	Handoff *handoff `json:"handoff,omitempty"` // it was handed off
@@ -98,18 +99,39 @@ func Of(d Disk, path string) (migrate.Identity, error) {
 		return migrate.Identity{}, fmt.Errorf("%s: %w", d.Path(), ErrHandedOff)
 	case s.Version == versionLive: // what was copied of this generation has changed since
 		s.Version, s.Open = version, false
-		s.Generation++
-		s.Fingerprint = print
+		s.change(print)
 	case s.Fingerprint == print:
 		return s.identity()
 	default:
-		s.Generation++
-		s.Fingerprint = print
+		s.change(print)
 	}
 	if err := save(path, s); err != nil {
 		return migrate.Identity{}, fmt.Errorf("keep the disk's identity: %w", err)
 	}
 	return s.identity()
+}
+
+// change makes it another generation, which nobody has a part of.
+func (s *state) change(print fingerprint) {
+	s.Generation++
+	s.Fingerprint, s.Met = print, false
+}
+
+// Met says whether a destination had a part of the disk with the state file at
+// path when its source ended, so that it may come back.
+func Met(path string) (bool, error) {
+	s, err := load(path)
+	return s.Met, err
+}
+
+// SetMet keeps in the state file at path, which Of has made, what Met says.
+func SetMet(path string, met bool) error {
+	s, err := load(path)
+	if err != nil || s.Met == met {
+		return err
+	}
+	s.Met = met
+	return save(path, s)
 }
 
 func (s state) identity() (id migrate.Identity, err error) {

@@ -110,3 +110,30 @@ func TestStateFileOfABlockDeviceOutlivesTheHost(t *testing.T) {
 	_, err = Default("/no/such/vda", true)
 	require.Error(t, err)
 }
+
+// Who has taken a part of a disk has nothing of one that was written since.
+func TestThatADestinationWasMetIsKeptForTheGeneration(t *testing.T) {
+	path := disk(t, 1<<20)
+	state := path + Suffix
+	require.ErrorIs(t, SetMet(state, true), os.ErrNotExist)
+	first, err := of(t, path)
+	require.NoError(t, err)
+	met := func() bool {
+		met, err := Met(state)
+		require.NoError(t, err)
+		return met
+	}
+	require.False(t, met())
+	require.NoError(t, SetMet(state, true))
+	again, err := of(t, path)
+	require.NoError(t, err)
+	require.Equal(t, first, again)
+	require.True(t, met())
+	require.NoError(t, SetMet(state, false))
+	require.False(t, met())
+	require.NoError(t, SetMet(state, true))
+	require.NoError(t, os.Truncate(path, 2<<20))
+	_, err = of(t, path)
+	require.NoError(t, err)
+	require.False(t, met())
+}

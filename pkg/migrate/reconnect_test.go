@@ -25,6 +25,27 @@ func TestFirstConnectionThatFailsEndsAtOnce(t *testing.T) {
 	require.ErrorIs(t, src.Run(t.Context(), refuse), errRefusedConn)
 }
 
+// A destination that is known may be away when its source begins anew, and hang
+// up before it has said anything.
+func TestKnownDestinationIsWaitedForFromTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := testDisk(t, 4096, 1)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		tries, met := 0, false
+		src := newSource(t, SourceOptions{Known: true, Met: func() { met = true }}, SourceDisk{Name: "disk", Store: store})
+		require.ErrorIs(t, src.Run(ctx, func(context.Context) (io.ReadWriteCloser, error) {
+			if tries++; tries%2 == 0 {
+				return nil, errRefusedConn
+			}
+			a, b := net.Pipe()
+			return a, b.Close()
+		}), context.DeadlineExceeded)
+		require.Greater(t, tries, 100)
+		require.False(t, met)
+	})
+}
+
 // TestReconnectingGoesOnAndSaysSo is trap W4.
 func TestReconnectingGoesOnAndSaysSo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

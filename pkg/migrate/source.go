@@ -51,6 +51,12 @@ type SourceOptions struct {
 	// Listening says that the Connector accepts connections: one that comes to
 	// nothing is logged, and the next is awaited.
 	Listening bool
+	// Met is told, once, that a destination has answered; nil: nobody is. It may
+	// block, and runs beside the migration.
+	Met func()
+	// Known says that one has answered an earlier Source of these disks. Then it
+	// is waited for from the start, however connections fail.
+	Known bool
 	// AutoHandoff hands live disks off without being asked: when a pass over what
 	// has changed leaves so little that it would travel in MaxDowntime, or when
 	// another pass would not leave less. Without it Handoff does.
@@ -81,7 +87,8 @@ type Source struct {
 	path  atomic.Pointer[window] // of the present connection; nil: there is none
 	hand  *hand
 
-	served bool // a destination has taken the disks; only Run's goroutine uses it
+	served  bool // a destination has taken the disks; only Run's goroutine uses it
+	metOnce sync.Once
 
 	mu       sync.Mutex
 	progress passes // guarded by mu
@@ -148,7 +155,7 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 func (s *Source) Run(ctx context.Context, connect Connector) error {
 	loop := sessions{
 		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
-		known: s.hasLive(),                                     // somebody uses the disks: the destination may come when it likes
+		known: s.opts.Known || s.hasLive(),                     // or somebody uses the disks: the destination may come when it likes
 		lack:  func() []any { return lacking(s.Status())[:2] }, // nobody waits here
 		moved: s.acknowledged,
 	}
@@ -174,7 +181,10 @@ func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, er
 	hello := newGreeting()
 	var moveErr error
 	group.Go(p.Handle)
-	group.Go(func() error { return hello.await(ctx, p.Done()) })
+	group.Go(func() error {
+		defer s.met(hello)
+		return hello.await(ctx, p.Done())
+	})
 	group.Go(func() error {
 		moveErr = s.moveAll(ctx, p, hello)
 		_ = p.Close() // ends Handle; what Close has to say is in moveErr
@@ -193,6 +203,13 @@ func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, er
 	}
 	s.served = s.served || hello.said()
 	return hello.said(), err
+}
+
+// met tells of the first destination that has answered.
+func (s *Source) met(hello *greeting) {
+	if s.opts.Met != nil && hello.said() {
+		s.metOnce.Do(s.opts.Met)
+	}
 }
 
 // weigh makes a refusal the end of Run, but not when it is of one who called us,
