@@ -79,6 +79,10 @@ func missing(disks []migrate.DiskStatus) (names string) {
 		if names != "" {
 			names += " and "
 		}
+		if d.Size == d.BytesDone { // not handed off, or the other side has not said so
+			names += fmt.Sprintf("nothing is missing on %s, but that was not confirmed yet", d.Name)
+			continue
+		}
 		names += fmt.Sprintf("%d of %d bytes missing on %s", d.Size-d.BytesDone, d.Size, d.Name)
 	}
 	return names

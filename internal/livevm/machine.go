@@ -35,7 +35,7 @@ func (m *move) machine(ctx context.Context, name string, where int, disk string,
 	args := append([]string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none", "-nic", "none",
 		"-accel", m.o.Accel, "-cpu", m.o.CPU, "-m", strconv.Itoa(m.o.Memory),
-		"-kernel", m.o.Kernel, "-initrd", m.path("initrd"), "-append", "console=ttyS1,115200 loglevel=4 panic=-1",
+		"-kernel", m.o.Kernel, "-initrd", m.path("initrd"), "-append", "console=ttyS1,115200 loglevel=4 panic=-1 no_timer_check",
 		"-serial", "stdio", "-serial", "file:" + m.path(name+".console"),
 		"-chardev", "socket,id=qmp,path=" + m.path(name+".qmp"), "-mon", "chardev=qmp,mode=control",
 		"-blockdev", "node-name=disk," + disk,
