@@ -38,9 +38,10 @@ func durablePart(ctx context.Context, b *bench) error {
 	fmt.Printf("   %-28s %10s %10s %8s %14s %14s\n", "", "silo-nbd", "nbdkit", "x", "p99 ms", "nbdkit p99 ms")
 	for _, l := range durableLoads {
 		var figures [2]fioFigures
-		for range b.rounds {
-			for i, serve := range []func(context.Context, *bench, string, int64) (server, error){serveMissing, serveNew} {
-				r, err := durableRound(ctx, b, serve, src, size, l, lasts)
+		serve := []func(context.Context, *bench, string, int64) (server, error){serveMissing, serveNew}
+		for round := range b.rounds {
+			for _, i := range turns(round, len(serve)) {
+				r, err := durableRound(ctx, b, serve[i], src, size, l, lasts)
 				if err != nil {
 					return err
 				}
@@ -53,7 +54,7 @@ func durablePart(ctx context.Context, b *bench) error {
 		}
 		ours, theirs := figures[0], figures[1]
 		fmt.Printf("   %-28s %10.0f %10.0f %8.2f %14.2f %14.2f\n", name, median(ours.rate), median(theirs.rate),
-			median(ours.rate)/median(theirs.rate), median(ours.p99)/1e3, median(theirs.p99)/1e3)
+			ratio(ours.rate, theirs.rate), median(ours.p99)/1e3, median(theirs.p99)/1e3)
 	}
 	return nil
 }

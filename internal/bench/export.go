@@ -67,11 +67,12 @@ func exportPart(ctx context.Context, b *bench) error {
 	return nil
 }
 
-// compare puts a load on each server in turn, round after round, and prints the medians.
+// compare puts a load on each server in turn, round after round, and prints the medians, of the rates and of the ratios.
 func compare(ctx context.Context, b *bench, servers []server, l load, conns int, lasts time.Duration) error {
 	figures := make([]fioFigures, len(servers))
-	for range b.rounds {
-		for i, s := range servers {
+	for round := range b.rounds {
+		for _, i := range turns(round, len(servers)) {
+			s := servers[i]
 			before, err := s.run.cpu()
 			if err != nil {
 				return err
@@ -93,7 +94,7 @@ func compare(ctx context.Context, b *bench, servers []server, l load, conns int,
 		fmt.Printf("      %-10s %8.0f /s   p50 %7.0f  p99 %7.0f   CPU %5.2f", s.name,
 			median(f.rate), median(f.p50), median(f.p99), median(f.cpuPerGiB))
 		if i > 0 {
-			fmt.Printf("   x %.2f", median(figures[0].rate)/median(f.rate))
+			fmt.Printf("   x %.2f", ratio(figures[0].rate, f.rate))
 		}
 		fmt.Println()
 	}

@@ -71,8 +71,9 @@ func (b *bench) liveSource(file, socket string) []string {
 
 func compareWrites(ctx context.Context, b *bench, servers []server, l load, lasts time.Duration) error {
 	rates := make([][]float64, len(servers))
-	for range b.rounds {
-		for i, s := range servers {
+	for round := range b.rounds {
+		for _, i := range turns(round, len(servers)) {
+			s := servers[i]
 			var dest *child
 			if s.name == "first-pass" {
 				var err error
@@ -93,7 +94,7 @@ func compareWrites(ctx context.Context, b *bench, servers []server, l load, last
 	for i, s := range servers {
 		fmt.Printf("   %s, %-10s %8.0f", l.name, s.name, median(rates[i]))
 		if i > 0 {
-			fmt.Printf("   x %.2f", median(rates[i])/median(rates[0]))
+			fmt.Printf("   x %.2f", ratio(rates[i], rates[0]))
 		}
 		fmt.Println()
 	}

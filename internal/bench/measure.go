@@ -25,6 +25,29 @@ const (
 // median of figures; the mean of the middle two of an even number. NaN of none.
 func median(figures []float64) float64 { return percentile(figures, 50) }
 
+// ratio is the median of a round's figure by that of the other in the same round: what slows the machine for some
+// seconds slows both.
+func ratio(figures, others []float64) float64 {
+	each := make([]float64, len(figures))
+	for i, f := range figures {
+		each[i] = f / others[i]
+	}
+	return median(each)
+}
+
+// turns are the numbers below n, in the order of a round: every other one begins at the end, so that none of them is
+// always the one that comes after another.
+func turns(round, n int) []int {
+	order := make([]int, n)
+	for i := range order {
+		order[i] = i
+		if round%2 == 1 {
+			order[i] = n - 1 - i
+		}
+	}
+	return order
+}
+
 // percentile p of figures, between its two neighbours where it falls between them.
 func percentile(figures []float64, p float64) float64 {
 	if len(figures) == 0 {

@@ -4,6 +4,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +27,16 @@ func TestPercentileLiesBetweenItsNeighbours(t *testing.T) {
 	}
 	if got := median(nil); !math.IsNaN(got) {
 		t.Errorf("the median of nothing is %v, want no number", got)
+	}
+}
+
+func TestRatioIsOfRounds(t *testing.T) {
+	// The machine was ten times slower in the second round.
+	if got := ratio([]float64{90, 12, 100}, []float64{100, 10, 80}); math.Abs(got-1.2) > 1e-9 {
+		t.Errorf("the ratio is %v, want 1.2", got)
+	}
+	if got := turns(1, 3); !slices.Equal(got, []int{2, 1, 0}) || !slices.Equal(turns(2, 3), []int{0, 1, 2}) {
+		t.Errorf("the turns of round 1 are %v", got)
 	}
 }
 

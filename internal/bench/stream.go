@@ -46,8 +46,9 @@ func streamIn(ctx context.Context, b *bench, place, dir string, size int64, move
 	}
 	defer os.Remove(src)
 	rates, cpus := make([][]float64, len(movers)), make([][]float64, len(movers))
-	for range b.rounds {
-		for i, m := range movers {
+	for round := range b.rounds {
+		for _, i := range turns(round, len(movers)) {
+			m := movers[i]
 			took, cpu, err := m.move(ctx, b, src, dst)
 			if err != nil {
 				return fmt.Errorf("%s: %w", m.name, err)
@@ -63,10 +64,10 @@ func streamIn(ctx context.Context, b *bench, place, dir string, size int64, move
 	fmt.Printf("   %-32s %10s %12s %10s %12s\n", "", "MiB/s", "CPU s/GiB", "x loop", "CPU x loop")
 	for i, m := range movers {
 		fmt.Printf("   %-32s %10.0f %12.2f %10.2f %12.2f\n", m.name, median(rates[i]), median(cpus[i]),
-			median(rates[i])/median(rates[0]), median(cpus[i])/median(cpus[0]))
+			ratio(rates[i], rates[0]), ratio(cpus[i], cpus[0]))
 	}
 	for i, m := range movers[min(2, len(movers)):] {
-		fmt.Printf("   silo-nbd is %.2f x %s\n", median(rates[1])/median(rates[2+i]), m.name)
+		fmt.Printf("   silo-nbd is %.2f x %s\n", ratio(rates[1], rates[2+i]), m.name)
 	}
 	return nil
 }
