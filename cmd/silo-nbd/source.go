@@ -36,10 +36,10 @@ func newSourceCommand() *cobra.Command {
 		Short: "Send disks, also while they are in use",
 		Long: `Sends disks to a destination: blocks that it asks for first, then what
 the file systems on them (ext2, ext3, ext4) consist of but for the contents of files, then
-the rest in order. The disks must not be written meanwhile; they are opened for reading
-only. Ends with 0 when the destination has said of every disk that it has all of it; from
-then on the source is not needed any more. A connection that breaks is made again without
-limit.
+small files, then the rest in order. The disks must not be written meanwhile; they are
+opened for reading only. Ends with 0 when the destination has said of every disk that it
+has all of it; from then on the source is not needed any more. A connection that breaks
+is made again without limit.
 
 With --nbd the disks are in use: they are served there, read and write, to the virtual
 machine of this host, and sent meanwhile, what changes again and again. The handoff stops

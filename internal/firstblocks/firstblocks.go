@@ -1,5 +1,5 @@
 // Package firstblocks finds what a machine that uses a disk will ask for first: what its file systems consist of, but
-// for the contents of files. It knows ext2, ext3 and ext4, on the whole disk or in the partitions of a GPT or MBR.
+// for the contents of files, and then small files, of which each costs a round trip for little. It knows ext2, ext3 and ext4, on the whole disk or in the partitions of a GPT or MBR.
 //
 // What is on the disk is a guest's and may be made to harm: every number is held against the disk, and the work is
 // bounded. What comes out is an order and nothing else: a wrong one costs time.
@@ -27,16 +27,28 @@ const (
 	maxReads = 4 << 10
 	// maxRanges bounds the ranges of each kind.
 	maxRanges = 1 << 16
+	// maxSmall is the size of a small file, in bytes.
+	maxSmall = 16 << 10
 	// maxTime bounds it all, on a disk that is slow.
 	maxTime = 20 * time.Second
 )
 
 var little = binary.LittleEndian
 
-// Find returns what goes first of disk, the most useful first: what describes its file systems, their inodes, and what
-// leads to files. It is empty for a disk of which nothing is known, which costs a few reads. Beside an error is what had
+// Find returns what goes first of disk, the most useful first: what describes its file systems, their inodes, what
+// leads to files, and small files. It is empty for a disk of which nothing is known, which costs a few reads. Beside an error is what had
 // been found until then.
 func Find(ctx context.Context, disk storage.StorageProvider) ([]migrate.Range, error) {
+	s, err := look(ctx, disk)
+	var all []migrate.Range
+	for _, kind := range []*ranges{&s.layout, &s.inodes, &s.paths, &s.small} {
+		all = append(all, kind.merged()...)
+	}
+	return all, err
+}
+
+// look is Find before its ranges are in order.
+func look(ctx context.Context, disk storage.StorageProvider) (*scan, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, maxTime, errTime)
 	defer cancel()
 	size := int64(min(disk.Size(), 1<<62))
@@ -50,11 +62,7 @@ func Find(ctx context.Context, disk storage.StorageProvider) ([]migrate.Range, e
 	if errors.Is(err, errEnough) {
 		err = nil
 	}
-	var all []migrate.Range
-	for _, kind := range []*ranges{&s.layout, &s.inodes, &s.paths} {
-		all = append(all, kind.merged()...)
-	}
-	return all, err
+	return s, err
 }
 
 var (
@@ -72,6 +80,7 @@ type scan struct {
 	layout ranges // superblocks, descriptors, bitmaps
 	inodes ranges
 	paths  ranges // directories, and where files lie
+	small  ranges // files
 }
 
 // extent is a part of the disk, in bytes.

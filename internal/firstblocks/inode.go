@@ -38,8 +38,8 @@ func (v *volume) inodesOf(ctx context.Context, b []byte, number uint64) error {
 	return nil
 }
 
-// inodeOf notes what has to be read to use an inode: all of a directory and of a long symbolic link, and of a file what
-// says where it lies.
+// inodeOf notes what has to be read to use an inode: all of a directory, of a long symbolic link and of a small file,
+// and of another file what says where it lies.
 func (v *volume) inodeOf(ctx context.Context, inode []byte, number uint64) error {
 	if little.Uint16(inode[0x1A:]) == 0 || number == resizeInode { // no link leads to it
 		return nil
@@ -52,6 +52,8 @@ func (v *volume) inodeOf(ctx context.Context, inode []byte, number uint64) error
 		t.blocks = &v.paths
 	case kind != kindFile:
 		return nil
+	case little.Uint32(inode[4:]) <= maxSmall && little.Uint32(inode[0x6C:]) == 0:
+		t.blocks = &v.small
 	}
 	v.note(&v.paths, uint64(little.Uint32(inode[0x68:]))|uint64(little.Uint16(inode[0x76:]))<<32, 1) // attributes
 	flags, root := little.Uint32(inode[0x20:]), inode[0x28:0x28+inodeRoot]
