@@ -40,6 +40,7 @@ type Report struct {
 	Written    int64  `json:"written"`
 	Partial    int64  `json:"partial"`
 	Missing    int64  `json:"missing"`
+	Logged     int64  `json:"logged"` // bytes
 	Runs       []Run  `json:"missing_runs"`
 	Problem    string `json:"problem,omitempty"` // why the disk cannot be the one of the map
 }
@@ -57,7 +58,7 @@ func Of(disk, path string) (*Report, error) {
 		Disk: disk, Map: path, State: i.State.String(), InUse: i.InUse,
 		Size: i.Identity.Size, BlockSize: i.Identity.BlockSize, Name: i.Identity.Name,
 		Device: i.Identity.Device.String(), Source: i.Identity.Source.String(), Generation: i.Identity.Generation,
-		Fetched: i.Fetched, Written: i.Written, Partial: i.Partial, Missing: i.Missing,
+		Fetched: i.Fetched, Written: i.Written, Partial: i.Partial, Missing: i.Missing, Logged: i.Logged,
 		Runs: []Run{}, Problem: unfit(disk, i.Identity.Size),
 	}
 	r.Safe = i.State == lazy.MapComplete && !i.InUse && r.Problem == ""
@@ -103,6 +104,9 @@ func (r *Report) WriteText(w io.Writer) error {
 	p.line("state: %s", r.State)
 	p.line("source: %s, generation %d", r.Source, r.Generation)
 	p.line("blocks: %d fetched, %d written here, %d missing (%d of them partly written)", r.Fetched, r.Written, r.Missing, r.Partial)
+	if r.Logged > 0 {
+		p.line("log: %d bytes of flushed writes that the disk may not have yet: dest lays them over it when it starts", r.Logged)
+	}
 	for i, run := range r.Runs {
 		if i == maxRuns {
 			p.line("  and %d more runs: --json lists all", len(r.Runs)-maxRuns)

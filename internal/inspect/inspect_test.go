@@ -144,7 +144,11 @@ func TestReportOfADiskInUse(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, r.InUse)
 	require.False(t, r.Safe)
-	require.Contains(t, text(t, r), "in use: ")
+	words := text(t, r)
+	require.Contains(t, words, "in use: ")
+	require.NotContains(t, words, "log: ")
+	r.Logged = 512
+	require.Contains(t, text(t, r), "log: 512 bytes of flushed writes that the disk may not have yet")
 	require.NoError(t, m.Close())
 }
 

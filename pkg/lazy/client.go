@@ -179,7 +179,7 @@ func (d *Device) SyncContext(ctx context.Context) error {
 		return ErrClosed
 	}
 	defer d.ops.leave()
-	return d.flush.flush(ctx, d)
+	return d.flush.flush(ctx, d, false)
 }
 
 // Prefetch asks the source for what is missing of [off, off+length) and does not
@@ -218,7 +218,16 @@ func (d *Device) change(ctx context.Context, f fill, off, length int64) error {
 	if err := d.waitLive(ctx, off); err != nil {
 		return err
 	}
-	start, end := off, off+length
+	end := off + length
+	flight := d.capture.begin(f, off, end, d.size)
+	err := d.changeAll(ctx, f, off, end)
+	d.capture.end(flight, f, err)
+	return err
+}
+
+// changeAll is change for a range that lies inside a device that is live.
+func (d *Device) changeAll(ctx context.Context, f fill, off, end int64) error {
+	start := off
 	for off < end {
 		next := end
 		if f.p == nil {

@@ -24,6 +24,9 @@ type crashModel struct {
 	m    *machine
 	size int64
 	bs   int64
+	calm bool // small writes mostly, as a database makes them
+
+	replays, torn *int // starts that found something in the log, and those that died of it
 
 	d *Device // of the life that goes on
 
@@ -61,7 +64,8 @@ func newCrashModel(t *testing.T, r *rand.Rand) *crashModel {
 	m.id = Identity{Size: m.size, BlockSize: m.bs, Device: UUID{1}, Source: UUID{2}, Generation: 3}
 	m.o = Options{Standby: r.IntN(2) == 0, KnownZero: r.IntN(2) == 0, Log: slog.New(slog.DiscardHandler)}
 	m.o.Revocable = !m.o.Standby && r.IntN(2) == 0
-	m.m = newMachine(m.id)
+	m.m = newMachine(m.id, []int64{0, minLog, minLog, 32 << 10, 64 << 10}[r.IntN(5)])
+	m.calm = r.IntN(3) > 0
 	m.src = make([]byte, m.size)
 	blocks := blocksOf(m.size, m.bs)
 	for b := range blocks {
@@ -154,13 +158,21 @@ func (m *crashModel) client(r *rand.Rand, d *Device) {
 		off = r.Int64N(m.size)
 		end = off + 1 + r.Int64N(m.bs)
 	}
+	if m.calm {
+		off = off / sectorSize * sectorSize
+		end = off + sectorSize*(1+r.Int64N(4))
+	}
 	if m.o.Revocable { // else what a sector would be that is in limbo is hard to say
 		off = off / sectorSize * sectorSize
 		end = (end + sectorSize - 1) / sectorSize * sectorSize
 	}
 	end = min(end, m.size)
 	ctx := context.Background()
-	switch k := r.IntN(20); {
+	k := r.IntN(20)
+	if m.calm && k >= 11 && k < 15 && r.IntN(8) > 0 {
+		k = 0
+	}
+	switch {
 	case k < 11:
 		p := make([]byte, end-off)
 		fillRandom(r, p)
@@ -324,8 +336,15 @@ func (m *crashModel) live(r *rand.Rand, p *process, n int) {
 // recover starts the program again, and looks at what there is.
 func (m *crashModel) recover(r *rand.Rand, lost bool, endAt int) (*process, bool) {
 	p := newProcess(rand.New(rand.NewPCG(r.Uint64(), 3)), endAt)
+	logged := m.m.logged() > 0
+	if logged {
+		*m.replays++
+	}
 	d, err := m.m.start(p, m.o)
 	if err != nil {
+		if logged {
+			*m.torn++
+		}
 		if !errors.Is(err, errDead) {
 			m.t.Errorf("start: %v", err)
 		}
@@ -439,11 +458,14 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 		rounds = min(rounds, 200)
 	}
 	begin, lives, complete := time.Now(), 0, 0
+	var records, marks int64
+	replays, torn := 0, 0
 	n := 0
 	for ; n < rounds && !(t.Failed() || *flagRounds == 1500 && time.Since(begin) > 40*time.Second); n++ {
 		seed := *flagSeed + uint64(n)
 		r := rand.New(rand.NewPCG(seed, 11))
 		m := newCrashModel(t, r)
+		m.replays, m.torn = &replays, &torn
 		lost := true
 		for life := range 2 + r.IntN(4) {
 			lives++
@@ -476,6 +498,11 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 		if t.Failed() {
 			t.Fatalf("end of the round with -lazy.seed=%d: %d bytes in blocks of %d, %+v", seed, m.size, m.bs, m.o)
 		}
+		records, marks = records+m.m.seen.records.Load(), marks+m.m.seen.marks.Load()
 	}
-	t.Logf("%d disks, %d lives, %d complete, in %v", n, lives, complete, time.Since(begin).Round(time.Millisecond))
+	t.Logf("%d disks, %d lives, %d complete, in %v; %d records, %d ends of an epoch, %d starts with a log, %d of which died of it",
+		n, lives, complete, time.Since(begin).Round(time.Millisecond), records, marks, replays, torn)
+	if n >= 200 && (records < 5*int64(n) || marks < 3*int64(n) || replays < n/2 || torn < n/20) {
+		t.Error("the log is hardly used")
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
@@ -16,8 +17,9 @@ var errDead = errors.New("the process is dead")
 // process is one life of the program: its files share a count of operations, at
 // one of which it ends or fails.
 type process struct {
-	r    *rand.Rand
-	hook func(what string) error // called before each operation; nil: none
+	r     *rand.Rand
+	hook  func(what string) error // called before each operation; nil: none
+	after func(what string)       // called after each write; nil: none
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -190,6 +192,20 @@ type handle struct {
 	p    *process
 	name string
 	sync func() // called while a sync runs; nil: nothing
+	seen *logCount
+}
+
+// logCount counts what was written to the log of a map.
+type logCount struct{ records, marks atomic.Int64 }
+
+func (c *logCount) wrote(b []byte) {
+	switch {
+	case c == nil || len(b) < 8:
+	case string(b[:8]) == logMagic:
+		c.records.Add(1)
+	case string(b[:8]) == markMagic:
+		c.marks.Add(1)
+	}
 }
 
 func (h handle) ReadAt(b []byte, off int64) (int, error) {
@@ -237,6 +253,10 @@ func (h handle) change(what string, off, length int64, apply func(b []byte)) err
 func (h handle) WriteAt(b []byte, off int64) (int, error) {
 	if err := h.change("write", off, int64(len(b)), func(to []byte) { copy(to, b) }); err != nil {
 		return 0, err
+	}
+	h.seen.wrote(b)
+	if h.p.after != nil {
+		h.p.after("write " + h.name)
 	}
 	return len(b), nil
 }
@@ -317,13 +337,15 @@ func (m crashMap) NextData(off, end int64) (lo, hi int64, err error) {
 // machine is a disk and its map, over power cuts and lives of the program.
 type machine struct {
 	disk, file *crashFile
+	seen       logCount
 }
 
-// newMachine has a disk of the size and a new map.
-func newMachine(id Identity) *machine {
+// newMachine has a disk of the size and a new map with a log of so many bytes; 0
+// is none.
+func newMachine(id Identity, log int64) *machine {
 	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 64)}
 	p := newProcess(nil, -1)
-	if _, err := newMap(crashMap{handle{f: m.file, p: p, name: "map"}}, id); err != nil {
+	if _, err := newMap(crashMap{handle{f: m.file, p: p, name: "map"}}, id, log); err != nil {
 		panic(err) // no operation of it fails
 	}
 	return m
@@ -335,9 +357,19 @@ func (m *machine) losePower(r *rand.Rand) {
 	m.file.losePower(r)
 }
 
+// logged is how many bytes are in the log and not on the disk, as far as anybody
+// knows.
+func (m *machine) logged() int64 {
+	i, err := inspect(crashMap{handle{f: m.file, p: newProcess(nil, -1), name: "map"}})
+	if err != nil {
+		panic(err) // no operation of it fails
+	}
+	return i.Logged
+}
+
 // start begins a life of the program.
 func (m *machine) start(p *process, o Options) (*Device, error) {
-	file := crashMap{handle{f: m.file, p: p, name: "map"}}
+	file := crashMap{handle{f: m.file, p: p, name: "map", seen: &m.seen}}
 	on, err := openMap(file, Identity{})
 	if err != nil {
 		return nil, err

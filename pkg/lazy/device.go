@@ -56,13 +56,14 @@ type Device struct {
 	// while the device is complete, not closed, and no flush has failed.
 	direct atomic.Bool
 
-	state  *state
-	claims claims
-	waits  waits
-	demand histogram // how long what waited for missing blocks has waited
-	flush  *flusher
-	saver  saver // touched by holders of the flusher's turns only
-	mapped bool  // there was a map in Options
+	state   *state
+	claims  claims
+	waits   waits
+	demand  histogram // how long what waited for missing blocks has waited
+	flush   *flusher
+	saver   saver   // touched by holders of the flusher's turns only
+	capture capture // what the next flush may log
+	mapped  bool    // there was a map in Options
 
 	isLive    atomic.Bool
 	live      chan struct{} // closed by enterLive
@@ -117,6 +118,7 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 	}
 	d.waits.init(d.state.blocks, o.BlockSize)
 	d.knownZero.Store(o.KnownZero)
+	d.capture.spoil() // until there is a log
 	if o.Map != nil {
 		if err := d.adopt(o.Map, o); err != nil {
 			return nil, err
@@ -224,7 +226,7 @@ func (d *Device) Complete() error {
 	if err := d.seal(); err != nil {
 		return err
 	}
-	if err := d.flush.flush(context.Background(), d); err != nil {
+	if err := d.flush.flush(context.Background(), d, true); err != nil {
 		return err
 	}
 	if d.mapped {
@@ -271,7 +273,7 @@ func (d *Device) Close() error {
 		d.attaching.Unlock()
 		<-d.ops.idle
 		d.loops.Wait()
-		d.closed = d.flush.flush(context.Background(), d)
+		d.closed = d.flush.flush(context.Background(), d, true)
 	})
 	return d.closed
 }

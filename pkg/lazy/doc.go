@@ -17,7 +17,9 @@
 // With a Map the state survives the process and the power. A bit is in the map
 // only after a sync of the disk that began when the data was written; a flush
 // takes the bits that have changed, syncs the disk, writes just these bits and
-// syncs the map. A failure of either is final: nothing is acknowledged after it.
+// syncs the map. A small flush of a client goes to a log in the map instead, by one
+// sync, and to the disk again if the process ends before it is there durably. A
+// failure of either file is final: nothing is acknowledged after it.
 // The format is in docs/MAP.md.
 //
 // The package knows neither NBD nor the protocol. The client's hand is the

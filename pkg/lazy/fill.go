@@ -12,6 +12,7 @@ type fill struct {
 	off   int64 // where p[0] belongs, in bytes from the start of the device
 	punch bool  // zeroes: the space may be given back
 	fast  bool  // zeroes: only if that takes less time than writing them
+	laid  bool  // bytes: they are there, or were, and need not be written
 }
 
 // zeroes is written where the disk cannot zero by itself.
@@ -19,7 +20,7 @@ var zeroes [256 << 10]byte
 
 // put writes f to [off, end) of the disk.
 func (d *Device) put(f fill, off, end int64) error {
-	if off == end {
+	if off == end || f.laid {
 		return nil
 	}
 	if f.p == nil {

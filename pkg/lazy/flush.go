@@ -12,7 +12,8 @@ import (
 // flusher makes the flushes of the disk and its map, so that one flush answers
 // everybody who asked before it began, and so that a failure is known to every
 // flush that begins after it: the kernel tells it only once. While the map of one
-// is written, the disk is flushed for the next; the order stays what it is.
+// is written, the disk is flushed for the next; the order stays what it is. A
+// small flush of a client is one of the map only, by its log.
 type flusher struct {
 	disk chan struct{} // capacity 1: held by whoever flushes the disk, until it has the map's turn
 	maps chan struct{} // capacity 1: held by whoever writes the map
@@ -31,6 +32,7 @@ type flusher struct {
 // round is one flush of the disk and its map.
 type round struct {
 	number uint64
+	full   bool          // covers what has arrived, too
 	before *round        // one that was not at its end when this one began, or nil
 	ended  chan struct{} // closed after err is set
 	err    error
@@ -54,9 +56,10 @@ func newFlusher() *flusher {
 	return &flusher{disk: make(chan struct{}, 1), maps: make(chan struct{}, 1)}
 }
 
-// flush returns when every write that was answered before the call is on stable
-// storage, and the map says so. It does not look at whether the device is closed.
-func (f *flusher) flush(ctx context.Context, d *Device) error {
+// flush returns when every write of a client that was answered before the call is
+// on stable storage, and the map says so; with full also what has arrived. It does
+// not look at whether the device is closed.
+func (f *flusher) flush(ctx context.Context, d *Device, full bool) error {
 	began := time.Now()
 	defer func() { f.took.observe(time.Since(began)) }()
 	f.mu.Lock()
@@ -67,55 +70,90 @@ func (f *flusher) flush(ctx context.Context, d *Device) error {
 	case <-ctx.Done():
 		return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
 	}
-	r, mine, err := f.join(need)
+	r, err := f.begunSince(need, full)
 	if err != nil {
 		<-f.disk
 		return err
 	}
-	if mine {
-		f.run(d, r)
-		return r.err
+	if r != nil {
+		<-f.disk
+		select {
+		case <-r.ended:
+			return r.err
+		case <-ctx.Done():
+			return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
+		}
 	}
-	<-f.disk
-	select {
-	case <-r.ended:
-		return r.err
-	case <-ctx.Done():
-		return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
+	// One that can be logged has nothing to do until the map can be written: until
+	// then others join it.
+	both := !full && !d.capture.spoiled.Load()
+	if both {
+		select {
+		case f.maps <- struct{}{}:
+		case <-ctx.Done():
+			<-f.disk
+			return fmt.Errorf("lazy: flush: %w", context.Cause(ctx))
+		}
 	}
+	if r, err = f.begin(full); err != nil { // since we looked
+		if both {
+			<-f.maps
+		}
+		<-f.disk
+		return err
+	}
+	f.run(d, r, both)
+	return r.err
 }
 
-// join returns the round that answers who needs one of that number: one that has
-// begun since, or a new one, which is the caller's to run. The disk's turn is held.
-func (f *flusher) join(need uint64) (r *round, mine bool, err error) {
+// begunSince returns the round that answers who needs one of that number, or nil
+// if it has not begun. The disk's turn is held.
+func (f *flusher) begunSince(need uint64, full bool) (*round, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.failed != nil || f.last == nil || f.last.number < need || full && !f.last.full {
+		return nil, f.failed
+	}
+	return f.last, nil
+}
+
+// begin begins a round. The disk's turn is held.
+func (f *flusher) begin(full bool) (*round, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.failed != nil {
-		return nil, false, f.failed
-	}
-	if f.last != nil && f.last.number >= need {
-		return f.last, false, nil
+		return nil, f.failed
 	}
 	f.begun++
-	r = &round{number: f.begun, ended: make(chan struct{})}
+	r := &round{number: f.begun, full: full, ended: make(chan struct{})}
 	if f.last != nil && f.last.running() {
 		r.before = f.last
 	}
 	f.last = r
-	return r, true, nil
+	return r, nil
 }
 
-// run makes a round, and gives back the disk's turn.
-func (f *flusher) run(d *Device, r *round) {
+// run makes a round, and gives back the disk's turn, and with both the map's.
+func (f *flusher) run(d *Device, r *round, both bool) {
+	if both {
+		defer func() { <-f.maps }()
+		if b, ok := d.logged(); ok {
+			<-f.disk
+			r.end(f.final(d, d.saver.log(b)))
+			return
+		}
+	}
 	snap, err := d.flushDisk()
 	if err != nil {
 		r.end(f.fail(d, err))
 		<-f.disk
 		return
 	}
-	f.maps <- struct{}{}
+	if !both {
+		f.maps <- struct{}{}
+		defer func() { <-f.maps }()
+	}
 	<-f.disk
-	defer func() { <-f.maps }()
 	if r.before != nil && r.before.err != nil {
 		// It has put back what it could not write, and some of that may be of
 		// writes that this round answers for.
@@ -123,12 +161,16 @@ func (f *flusher) run(d *Device, r *round) {
 		r.end(r.before.err)
 		return
 	}
-	err = d.saver.save(snap)
+	r.end(f.final(d, d.saver.save(snap)))
+}
+
+// final notes a failure that is not only for want of room.
+func (f *flusher) final(d *Device, err error) error {
 	var room *roomError
 	if err != nil && !errors.As(err, &room) {
-		err = f.fail(d, err)
+		return f.fail(d, err)
 	}
-	r.end(err)
+	return err
 }
 
 // alone does something to the map while nobody flushes. If it fails, that is
@@ -141,12 +183,7 @@ func (f *flusher) alone(d *Device, do func() error) error {
 	if err := f.failure(); err != nil {
 		return err
 	}
-	err := do()
-	var room *roomError
-	if err != nil && !errors.As(err, &room) {
-		return f.fail(d, err)
-	}
-	return err
+	return f.final(d, do())
 }
 
 // fail notes that the disk or the map failed. The kernel may have dropped what it

@@ -21,6 +21,7 @@ type Inspection struct {
 	Partial int64 // of the missing, blocks of which part was written here
 
 	BytesLocal int64 // bytes of the blocks that are here
+	Logged     int64 // bytes of flushed writes that are in the log, and perhaps not yet on the disk
 
 	state *state
 }
@@ -51,7 +52,7 @@ func inspect(file mapFile) (*Inspection, error) {
 	if err != nil {
 		return nil, errno(err)
 	}
-	m := &Map{file: file, layout: head.id.layout(), head: head}
+	m := &Map{file: file, layout: head.layout(), log: newRedo(file, head), head: head}
 	s := newState(m.layout.blocks)
 	if err := m.load(s, false); err != nil {
 		return nil, err
@@ -63,6 +64,17 @@ func inspect(file mapFile) (*Inspection, error) {
 		Partial:    s.partial.n.Load(),
 		BytesLocal: local * head.id.BlockSize,
 		state:      s,
+	}
+	if m.log != nil && head.state != MapComplete {
+		err := m.log.replay(func(r record, laid bool) error {
+			if !laid {
+				i.Logged += int64(len(r.data))
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, m.error("read the log of", err)
+		}
 	}
 	if last := s.blocks - 1; last >= 0 && s.isLocal(last) {
 		i.BytesLocal -= s.blocks*head.id.BlockSize - head.id.Size

@@ -34,6 +34,7 @@ type Map struct {
 	path   string
 	file   mapFile
 	layout layout
+	log    *redo       // nil: none
 	fresh  bool        // nothing was ever written to its disk by way of it
 	used   atomic.Bool // a device has it
 
@@ -54,7 +55,7 @@ func CreateMap(path string, id Identity) (*Map, error) {
 	}
 	var m *Map
 	file, err := createFile(path, func(f osFile) (err error) {
-		m, err = newMap(f, id)
+		m, err = newMap(f, id, logSize(id.Size))
 		return err
 	})
 	switch {
@@ -78,23 +79,42 @@ func newUUID() (u UUID) {
 // maxReserve is how much space is taken beforehand for bits, in bytes.
 const maxReserve = 16 << 20
 
-// newMap writes a map to an empty file.
-func newMap(file mapFile, id Identity) (*Map, error) {
-	m := &Map{file: file, layout: id.layout(), fresh: true}
-	m.head = header{seq: 1, state: MapStandby, id: id}
-	if err := file.Truncate(m.layout.end); err != nil {
+// newMap writes a map to an empty file, with a log of so many bytes, or none.
+func newMap(file mapFile, id Identity, log int64) (*Map, error) {
+	m := &Map{file: file, fresh: true}
+	m.head = header{seq: 1, state: MapStandby, id: id, log: log}
+	if log > 0 {
+		m.head.flags |= flagLog
+	}
+	m.layout, m.log = m.head.layout(), newRedo(file, m.head)
+	if err := file.Truncate(m.layout.size); err != nil {
 		return nil, err
 	}
-	if r, ok := file.(interface{ reserve(size int64) error }); ok && m.layout.page(2*m.layout.pages) <= maxReserve {
-		if err := r.reserve(m.layout.page(2 * m.layout.pages)); err != nil {
-			return nil, err
-		}
+	if err := m.reserve(); err != nil {
+		return nil, err
 	}
 	slot := m.head.encode()
 	if _, err := file.WriteAt(append(slot, slot...), 0); err != nil {
 		return nil, err
 	}
 	return m, file.Sync()
+}
+
+// reserve takes space for the bits and the log.
+func (m *Map) reserve() error {
+	r, ok := m.file.(interface{ reserve(off, length int64) error })
+	if !ok {
+		return nil
+	}
+	if m.log != nil {
+		if err := r.reserve(m.layout.end, m.layout.size-m.layout.end); err != nil {
+			return err
+		}
+	}
+	if bits := m.layout.page(2 * m.layout.pages); bits <= maxReserve {
+		return r.reserve(0, bits)
+	}
+	return nil
 }
 
 // OpenMap opens a map that CreateMap made, to go on with it. What is not zero in
@@ -159,7 +179,7 @@ func openMap(file mapFile, want Identity) (*Map, error) {
 			return nil, err
 		}
 	}
-	return &Map{file: file, layout: head.id.layout(), head: head}, nil
+	return &Map{file: file, layout: head.layout(), log: newRedo(file, head), head: head}, nil
 }
 
 // readHeader reads the header and holds the size of the file against it.
@@ -185,7 +205,7 @@ func readHeader(file mapFile) (h header, stale int64, err error) {
 	if h, stale, err = decodeHeader([2][]byte{b[:slotSize], b[slotSize:]}); err != nil {
 		return h, 0, err
 	}
-	if want := h.id.layout().end; size != want && (h.state != MapComplete || size > want) {
+	if want := h.layout().size; size != want && (h.state != MapComplete || size > want) {
 		return h, 0, fmt.Errorf("%w: it has %d bytes, and should have %d", ErrMapDamaged, size, want)
 	}
 	return h, stale, nil

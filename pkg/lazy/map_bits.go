@@ -11,9 +11,11 @@ import (
 // single mask is larger.
 const chunk = 1 << 20
 
-// save writes a snapshot, and makes it durable.
+// save writes a snapshot, and makes it durable. The disk has been synced: if the
+// log has an epoch, it ends with that.
 func (m *Map) save(n *snapshot) error {
-	if n.empty() {
+	ends := m.log.used()
+	if n.empty() && !ends {
 		return nil
 	}
 	b := n.bits
@@ -49,8 +51,16 @@ func (m *Map) save(n *snapshot) error {
 	if err != nil {
 		return err
 	}
+	if ends {
+		if err := m.log.settle(); err != nil {
+			return m.error("write the log of", err)
+		}
+	}
 	if err := m.file.Sync(); err != nil {
 		return &finalError{m.error("sync", err)}
+	}
+	if ends {
+		m.log.restart()
 	}
 	return nil
 }

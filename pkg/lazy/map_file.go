@@ -92,10 +92,10 @@ func (o osFile) control(op string, do func(fd int) error) error {
 	return nil
 }
 
-// reserve takes space for the first size bytes, where the file system can: a
-// disk that is full must not keep the bits from being saved.
-func (o osFile) reserve(size int64) error {
-	err := o.control("fallocate", func(fd int) error { return unix.Fallocate(fd, 0, 0, size) })
+// reserve takes space for [off, off+length), where the file system can: a disk
+// that is full must not keep the bits from being saved.
+func (o osFile) reserve(off, length int64) error {
+	err := o.control("fallocate", func(fd int) error { return unix.Fallocate(fd, 0, off, length) })
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
 		return nil
 	}

@@ -15,9 +15,11 @@ const (
 	headerSize = 2 * slotSize // bytes
 	crcAt      = slotSize - 4 // in a slot
 	nameAt     = 80           // in a slot: u16 length, then the name
-	maxMapName = crcAt - nameAt - 2
+	logAt      = crcAt - 4    // in a slot
+	maxMapName = logAt - nameAt - 2
 
 	flagRevocable = 1 << 0 // all that was written here is known, also in fetched blocks
+	flagLog       = 1 << 1 // the map has a log
 )
 
 // MapState is how far the device of a map is, as far as that is durable.
@@ -65,6 +67,7 @@ type header struct {
 	flags uint32
 	state MapState
 	id    Identity
+	log   int64 // size of the log, in bytes; 0: none
 }
 
 // encode returns the slot.
@@ -82,7 +85,8 @@ func (h header) encode() []byte {
 	b = binary.LittleEndian.AppendUint64(b, h.id.Generation)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(h.id.Name)))
 	b = append(b, h.id.Name...)
-	b = append(b, zeroes[:crcAt-len(b)]...)
+	b = append(b, zeroes[:logAt-len(b)]...)
+	b = binary.LittleEndian.AppendUint32(b, uint32(h.log))
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
@@ -108,14 +112,17 @@ func decodeSlot(b []byte) (h header, err error) {
 	copy(h.id.Device[:], b[40:])
 	copy(h.id.Source[:], b[56:])
 	h.id.Generation = le.Uint64(b[72:])
+	h.log = int64(le.Uint32(b[logAt:]))
 	name := int64(le.Uint16(b[nameAt:]))
 	switch {
 	case name > maxMapName:
 		return h, fmt.Errorf("%w: a name of %d bytes", ErrMapDamaged, name)
-	case h.flags&^flagRevocable != 0:
+	case h.flags&^(flagRevocable|flagLog) != 0:
 		return h, fmt.Errorf("%w: it has flags %#x", ErrMapNewer, h.flags)
 	case h.state < MapStandby || h.state > MapComplete:
 		return h, fmt.Errorf("%w: its state is %d", ErrMapDamaged, uint32(h.state))
+	case h.log != 0 != (h.flags&flagLog != 0) || h.log != 0 && (h.log < minLog || h.log > maxLog || h.log%logAlign != 0):
+		return h, fmt.Errorf("%w: a log of %d bytes, flags %#x", ErrMapDamaged, h.log, h.flags)
 	}
 	h.id.Name = string(b[nameAt+2 : nameAt+2+name])
 	if err := h.id.check(); err != nil {
@@ -158,7 +165,7 @@ func decodeHeader(slots [2][]byte) (h header, stale int64, err error) {
 		switch {
 		case hs[0] == hs[1]:
 			return hs[0], -1, nil
-		case hs[0].id != hs[1].id || hs[0].seq == hs[1].seq:
+		case hs[0].id != hs[1].id || hs[0].log != hs[1].log || hs[0].seq == hs[1].seq:
 			return h, 0, fmt.Errorf("%w: its two headers contradict each other", ErrMapDamaged)
 		case hs[0].seq > hs[1].seq:
 			return hs[0], 1, nil
@@ -180,7 +187,8 @@ type layout struct {
 	pages   int64 // of the bits of one region
 	sectors int64 // of a block
 	masks   int64 // offset of the masks, in bytes
-	end     int64 // size of the map, in bytes
+	end     int64 // of the masks, in bytes: here begins the log
+	size    int64 // of the map, in bytes
 }
 
 // pageSize is the unit in which a map is written, in bytes.
@@ -193,6 +201,13 @@ func (id Identity) layout() layout {
 	l.pages = bitPages(l.blocks)
 	l.masks = headerSize + 2*l.pages*pageSize
 	l.end = l.masks + bitPages(blocksOf(id.Size, sectorSize))*pageSize
+	l.size = l.end
+	return l
+}
+
+func (h header) layout() layout {
+	l := h.id.layout()
+	l.size += h.log
 	return l
 }
 

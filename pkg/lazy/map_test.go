@@ -141,7 +141,7 @@ func TestMapHoldsEveryBlockSize(t *testing.T) {
 			id := Identity{Size: bs*(3+r.Int64N(9)) + 5*512 + 3 + r.Int64N(2)<<26, BlockSize: bs}
 			m := &machine{disk: newCrashFile(0, sectorSize), file: newCrashFile(0, sectorSize)}
 			file := crashMap{handle{f: m.file, p: newProcess(nil, -1), name: "map"}}
-			if _, err := newMap(file, id); err != nil {
+			if _, err := newMap(file, id, 0); err != nil {
 				t.Fatal(err)
 			}
 			o := Options{Revocable: revocable}
@@ -258,7 +258,7 @@ func TestD7ForeignMapsAreRefused(t *testing.T) {
 // or it is refused and not touched.
 func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 	id := testID
-	m := newMachine(id)
+	m := newMachine(id, 0)
 	p := newProcess(nil, -1)
 	d, err := m.start(p, Options{})
 	if err != nil {
@@ -384,7 +384,7 @@ func TestD7FilesThatAreNoMaps(t *testing.T) {
 func TestTornHeaderIsSurvived(t *testing.T) {
 	for n := range 400 {
 		r := rand.New(rand.NewPCG(uint64(n), 4))
-		m := newMachine(testID)
+		m := newMachine(testID, 0)
 		state := MapStandby
 		for state < MapComplete {
 			p := newProcess(r, r.IntN(9))

@@ -22,6 +22,7 @@ const maxKept = 256 << 10 // bytes
 type saver struct {
 	m     *Map // nil: none, or not needed any more
 	state *state
+	spoil func()    // has the next flush be an ordinary one
 	snaps sync.Pool // of *snapshot
 }
 
@@ -29,6 +30,7 @@ type saver struct {
 // was written before it. When it has, and not before, save may write these bits.
 func (d *Device) flushDisk() (*snapshot, error) {
 	s := &d.saver
+	d.capture.drop() // first: what it held is on the disk, and its bits are set
 	var snap *snapshot
 	if s.m != nil {
 		snap, _ = s.snaps.Get().(*snapshot)
@@ -64,6 +66,7 @@ func (s *saver) giveUp(snap *snapshot) {
 	if snap == nil {
 		return
 	}
+	s.spoil() // what was collected for the log is neither there nor durable
 	snap.putBack(s.state)
 	s.keep(snap)
 }
@@ -117,7 +120,7 @@ func (d *Device) adopt(m *Map, o Options) error {
 		return nil
 	}
 	d.mapped = true
-	d.saver.m, d.saver.state = m, d.state
+	d.saver.m, d.saver.state, d.saver.spoil = m, d.state, d.capture.spoil
 	d.state.changes = newChanges(d.state.blocks)
 	d.state.partial.changes = d.state.changes
 	err := m.update(func(h *header) {
@@ -126,6 +129,9 @@ func (d *Device) adopt(m *Map, o Options) error {
 			h.flags |= flagRevocable
 		}
 	})
+	if err == nil && m.log != nil {
+		err = d.replay(m)
+	}
 	if h.state == MapLive && err == nil {
 		d.enterLive()
 	}
@@ -147,6 +153,15 @@ func (d *Device) finish() error {
 	if s.m == nil {
 		return nil
 	}
+	if s.m.log.used() { // by a flush since the one before this: the disk may not have that yet
+		snap, err := d.flushDisk()
+		if err == nil {
+			err = s.save(snap)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	if err := s.m.update(func(h *header) { h.state = MapComplete }); noRoom(err) {
 		return &roomError{err}
 	} else if err != nil {
@@ -156,6 +171,7 @@ func (d *Device) finish() error {
 		d.log.Warn("the map could not be shrunk; it is complete all the same", "map", s.m.path, "error", err)
 	}
 	s.m = nil
+	d.capture.stop()
 	return nil
 }
 
@@ -194,7 +210,7 @@ func (d *Device) saveLoop() {
 			if !d.state.changes.dirty.Load() {
 				break // a flush has saved it
 			}
-			err := d.flush.flush(context.Background(), d)
+			err := d.flush.flush(context.Background(), d, true)
 			var room *roomError
 			switch {
 			case errors.As(err, &room):

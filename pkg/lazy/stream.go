@@ -233,7 +233,7 @@ func (s *Stream) Flush() error {
 		return err
 	}
 	defer s.ops.leave()
-	return s.d.flush.flush(context.Background(), s.d)
+	return s.d.flush.flush(context.Background(), s.d, true)
 }
 
 // DirtyList takes back that the blocks were fetched: the source changed them

@@ -22,10 +22,12 @@ type alive struct {
 	s *Stream
 }
 
-// newAlive has a disk of n blocks, and its map.
-func newAlive(t *testing.T, n int64, o Options) *alive {
+// newAlive has a disk of n blocks, and its map, without a log.
+func newAlive(t *testing.T, n int64, o Options) *alive { return newAliveWith(t, n, 0, o) }
+
+func newAliveWith(t *testing.T, n, log int64, o Options) *alive {
 	o.Log = slog.New(slog.DiscardHandler)
-	a := &alive{t: t, o: o, machine: newMachine(Identity{Size: n * testBlock, BlockSize: testBlock, Device: UUID{1}})}
+	a := &alive{t: t, o: o, machine: newMachine(Identity{Size: n * testBlock, BlockSize: testBlock, Device: UUID{1}}, log)}
 	a.start(newProcess(nil, -1))
 	return a
 }
