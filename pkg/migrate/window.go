@@ -25,6 +25,16 @@ const (
 	// square of the rate, and there are three of them beyond what the path holds:
 	// one is read, one is on its way, one is written.
 	fastPath = 256 << 20
+	// On such a path, while somebody asks, packets are of demandPacket at most, and
+	// there are two of them. When that begins the window is closed for one round
+	// trip: that of a large packet is mostly its own time, and what the path seems
+	// to hold then is a queue. If the path does not get empty in probeLife, as long
+	// as much is asked for, it is tried again later.
+	demandPacket = 256 << 10
+	probeLife    = 100 * time.Millisecond
+	// A round trip of up to endsTime is then taken for the time that the two ends
+	// need, where more packets would only wait for a processor.
+	endsTime = 2 * time.Millisecond
 	// firstWindow is the window until the path has been measured.
 	firstWindow = 256 << 10
 	maxWindow   = 64 << 20
@@ -53,6 +63,7 @@ type window struct {
 	minRTT         time.Duration
 	minRTTAt       time.Time
 	probing        bool      // closed to one packet, to see the path empty
+	probingAt      time.Time // since when
 	rate, oldRate  float64   // bytes a second: the best of this rate period and of the last
 	rateAt         time.Time // when this rate period began
 	demandAt       time.Time // when somebody asked last
@@ -75,8 +86,27 @@ func newWindow(blockSize int64, maxPackets int) *window {
 func (w *window) demand() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.demandAt = time.Now()
+	now := time.Now()
+	if w.rateLocked() > fastPath && !w.demandedLocked(now) {
+		w.probeLocked(now)
+	}
+	w.demandAt = now
 }
+
+// demandedLocked says whether somebody has asked of late.
+func (w *window) demandedLocked(now time.Time) bool {
+	return !w.demandAt.IsZero() && now.Sub(w.demandAt) < demandLife
+}
+
+// probeLocked closes the window until a packet that is alone has come back.
+func (w *window) probeLocked(now time.Time) {
+	if !w.probing {
+		w.probing, w.probingAt = true, now
+	}
+}
+
+// rateLocked is the best rate of late, 0 if there is none.
+func (w *window) rateLocked() float64 { return max(w.rate, w.oldRate) }
 
 // await waits until n bytes may be sent.
 func (w *window) await(ctx context.Context, n int64) error {
@@ -111,6 +141,9 @@ func (w *window) roomLocked(n int64) bool {
 		return true
 	case n == 0: // measures nothing, so it cannot end a probe either
 		return w.packets < int64(w.maxPackets)
+	}
+	if w.probing && time.Since(w.probingAt) > max(probeLife, 4*w.minRTT) {
+		w.probing, w.minRTTAt = false, time.Now()
 	}
 	return !w.probing && w.packets < int64(w.maxPackets) && w.bytes+n <= w.limitLocked()
 }
@@ -155,7 +188,7 @@ func (w *window) measureLocked(m flightMark, now time.Time) {
 	if rtt := now.Sub(m.sentAt); w.minRTT == 0 || rtt <= w.minRTT || m.probe {
 		w.minRTT, w.minRTTAt, w.probing = max(rtt, time.Microsecond), now, false
 	} else if now.Sub(w.minRTTAt) > rttLife {
-		w.probing = true
+		w.probeLocked(now)
 	}
 	span := now.Sub(m.deliveredAt)
 	if span <= 0 {
@@ -168,19 +201,20 @@ func (w *window) measureLocked(m flightMark, now time.Time) {
 }
 
 func (w *window) limitLocked() int64 {
-	rate := max(w.rate, w.oldRate)
+	rate := w.rateLocked()
 	if rate == 0 {
 		return firstWindow
 	}
-	packets := int64(2)
-	if rate > fastPath {
+	packets, gain, span := int64(2), windowGain, w.minRTT
+	switch demanded, fast := w.demandedLocked(time.Now()), rate > fastPath; {
+	case demanded && fast && span <= endsTime:
+		span = 0
+	case demanded:
+		gain = demandGain
+	case fast:
 		packets = 3
 	}
-	gain := windowGain
-	if !w.demandAt.IsZero() && time.Since(w.demandAt) < demandLife {
-		gain = demandGain
-	}
-	return min(maxWindow, int64(gain*rate*w.minRTT.Seconds())+packets*w.packetLocked())
+	return min(maxWindow, int64(gain*rate*span.Seconds())+packets*w.packetLocked())
 }
 
 // packet is the size in bytes of the next packet of the background: whole
@@ -192,8 +226,13 @@ func (w *window) packet() int64 {
 }
 
 func (w *window) packetLocked() int64 {
-	rate := max(w.rate, w.oldRate)
-	n := rate * packetTime.Seconds() * max(1, rate/fastPath)
+	rate := w.rateLocked()
+	n := rate * packetTime.Seconds()
+	if w.demandedLocked(time.Now()) {
+		n = min(n, demandPacket)
+	} else if rate > fastPath {
+		n *= rate / fastPath
+	}
 	return max(int64(min(n, maxPacket))/w.blockSize*w.blockSize, w.blockSize)
 }
 
@@ -224,5 +263,5 @@ type windowStats struct {
 func (w *window) stats() windowStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return windowStats{w.bytes, w.limitLocked(), max(w.rate, w.oldRate), w.minRTT}
+	return windowStats{w.bytes, w.limitLocked(), w.rateLocked(), w.minRTT}
 }

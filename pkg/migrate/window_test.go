@@ -152,6 +152,63 @@ func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
 	}
 }
 
+// On a fast path that is short the round trip of a packet of 1 MiB is its own time,
+// and what it seems to hold would be a queue before each demand read.
+func TestDemandMeetsTwoSmallPacketsOnAFastShortPath(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := path{rate: 1e9, rtt: 200 * time.Microsecond}
+		w := newWindow(64<<10, 256)
+		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+		defer cancel()
+		begin := time.Now()
+		var late int64
+		var before, queued time.Duration
+		for {
+			since := time.Since(begin)
+			if since > 2*time.Second {
+				w.demand()
+			}
+			n := w.packet()
+			if w.await(ctx, n) != nil {
+				break
+			}
+			m := w.begin(n)
+			back := p.send(n)
+			switch {
+			case since > time.Second && since < 2*time.Second:
+				before = max(before, back-p.rtt)
+			case since > 2100*time.Millisecond:
+				queued = max(queued, back-p.rtt)
+				late += n
+			}
+			time.AfterFunc(back, func() { w.release(m, true) })
+			synctest.Wait()
+		}
+		used := float64(late) / (p.rate * 1.9)
+		t.Logf("%.0f %% of the link, a packet queues %v at most, %v without demand", 100*used, queued, before)
+		require.Greater(t, used, 0.9)
+		require.LessOrEqual(t, queued, 2*time.Duration(demandPacket/p.rate*1e9)+time.Microsecond)
+		require.Greater(t, before, 3*queued)
+		<-time.After(time.Minute)
+	})
+}
+
+// As long as blocks are asked for without end the path is never empty.
+func TestProbeThatFindsNoEmptyPathEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := path{rate: 1e9, rtt: time.Millisecond}
+		_, _, w := runWindow(t, &p, time.Second)
+		<-time.After(time.Second)
+		urgent := w.begin(64 << 10)
+		w.demand()
+		require.False(t, w.room(64<<10), "it waits for the path to be empty")
+		<-time.After(probeLife + time.Millisecond)
+		require.True(t, w.room(64<<10))
+		w.release(urgent, true)
+		<-time.After(time.Minute)
+	})
+}
+
 func TestOnePacketMayAlwaysFly(t *testing.T) {
 	w := newWindow(1<<20, 1)
 	require.NoError(t, w.await(t.Context(), 32<<20))
