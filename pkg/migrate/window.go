@@ -25,15 +25,16 @@ const (
 	// square of the rate, and there are three of them beyond what the path holds:
 	// one is read, one is on its way, one is written.
 	fastPath = 256 << 20
-	// On such a path, while somebody asks, packets are of demandPacket at most, and
-	// there are two of them. When that begins the window is closed for one round
-	// trip: that of a large packet is mostly its own time, and what the path seems
-	// to hold then is a queue. If the path does not get empty in probeLife, as long
-	// as much is asked for, it is tried again later.
+	// On such a path, while somebody asks, packets are of demandPacket at most. When
+	// that begins the window is closed for one round trip: that of a large packet is
+	// mostly its own time, and what the path seems to hold then is a queue. If the
+	// path does not get empty in probeLife, as long as much is asked for, it is tried
+	// again later.
 	demandPacket = 256 << 10
 	probeLife    = 100 * time.Millisecond
 	// A round trip of up to endsTime is then taken for the time that the two ends
-	// need, where more packets would only wait for a processor.
+	// need. One packet is in flight: with two, both ends are always busy, and a read
+	// waits for a processor in each of the four places that it comes through.
 	endsTime = 2 * time.Millisecond
 	// firstWindow is the window until the path has been measured.
 	firstWindow = 256 << 10
@@ -208,7 +209,7 @@ func (w *window) limitLocked() int64 {
 	packets, gain, span := int64(2), windowGain, w.minRTT
 	switch demanded, fast := w.demandedLocked(time.Now()), rate > fastPath; {
 	case demanded && fast && span <= endsTime:
-		span = 0
+		packets, span = 1, 0
 	case demanded:
 		gain = demandGain
 	case fast:

@@ -154,7 +154,7 @@ func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
 
 // On a fast path that is short the round trip of a packet of 1 MiB is its own time,
 // and what it seems to hold would be a queue before each demand read.
-func TestDemandMeetsTwoSmallPacketsOnAFastShortPath(t *testing.T) {
+func TestDemandMeetsOneSmallPacketOnAFastShortPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 1e9, rtt: 200 * time.Microsecond}
 		w := newWindow(64<<10, 256)
@@ -186,8 +186,8 @@ func TestDemandMeetsTwoSmallPacketsOnAFastShortPath(t *testing.T) {
 		}
 		used := float64(late) / (p.rate * 1.9)
 		t.Logf("%.0f %% of the link, a packet queues %v at most, %v without demand", 100*used, queued, before)
-		require.Greater(t, used, 0.9)
-		require.LessOrEqual(t, queued, 2*time.Duration(demandPacket/p.rate*1e9)+time.Microsecond)
+		require.Greater(t, used, 0.5)
+		require.LessOrEqual(t, queued, time.Duration(demandPacket/p.rate*1e9)+time.Microsecond)
 		require.Greater(t, before, 3*queued)
 		<-time.After(time.Minute)
 	})
