@@ -338,13 +338,12 @@ func (m crashMap) NextData(off, end int64) (lo, hi int64, err error) {
 type machine struct {
 	disk, file *crashFile
 	seen       logCount
-	boots      byte // how often the system was started; 0: that is not known
 }
 
 // newMachine has a disk of the size and a new map with a log of so many bytes; 0
 // is none.
 func newMachine(id Identity, log int64) *machine {
-	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 64), boots: 1}
+	m := &machine{disk: newCrashFile(id.Size, sectorSize), file: newCrashFile(0, 64)}
 	p := newProcess(nil, -1)
 	if _, err := newMap(crashMap{handle{f: m.file, p: p, name: "map"}}, id, log); err != nil {
 		panic(err) // no operation of it fails
@@ -356,7 +355,6 @@ func newMachine(id Identity, log int64) *machine {
 func (m *machine) losePower(r *rand.Rand) {
 	m.disk.losePower(r)
 	m.file.losePower(r)
-	m.boots++
 }
 
 // logged is how many bytes are in the log and not on the disk, as far as anybody
@@ -377,9 +375,6 @@ func (m *machine) start(p *process, o Options) (*Device, error) {
 		return nil, err
 	}
 	on.path = "map"
-	if on.log != nil {
-		on.log.boot = UUID{m.boots}
-	}
 	o.Map = on
 	return New(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, o)
 }

@@ -66,7 +66,6 @@ func inspect(file mapFile) (*Inspection, error) {
 		state:      s,
 	}
 	if m.log != nil && head.state != MapComplete {
-		m.log.boot = UUID{} // what the disk has is not durable, whenever it was written
 		err := m.log.replay(func(r record, laid bool) error {
 			if !laid {
 				i.Logged += int64(len(r.data))

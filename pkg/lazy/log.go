@@ -44,7 +44,6 @@ type redo struct {
 	file   mapFile
 	device UUID
 	size   int64 // of the disk, in bytes
-	boot   UUID  // of the system, since it was started; zero: not known
 
 	marks, begin, end int64 // of the marks and the records, in bytes
 
@@ -64,7 +63,7 @@ func newRedo(file mapFile, h header) *redo {
 	l := h.layout()
 	begin := l.end + markPages
 	return &redo{
-		file: file, device: h.id.Device, size: h.id.Size, boot: bootID(),
+		file: file, device: h.id.Device, size: h.id.Size,
 		marks: l.end, begin: begin, end: l.end + h.log,
 		epoch: 1, next: begin, prepared: begin,
 	}
@@ -81,7 +80,7 @@ func (l *redo) fits(b *batch) bool {
 
 // append makes a batch durable.
 func (l *redo) append(b *batch) error {
-	rec := b.encode(l.device, l.boot, l.epoch, l.index)
+	rec := b.encode(l.device, l.epoch, l.index)
 	end := l.next + int64(len(rec))
 	l.has, l.closed = true, true // if it fails nobody knows what is there
 	if err := writeFull(l.file, rec, l.next); err != nil {
@@ -140,7 +139,6 @@ func (l *redo) settled() (epoch uint64, err error) {
 
 // record is what was written between two flushes.
 type record struct {
-	boot   UUID
 	epoch  uint64
 	index  uint32
 	ranges []span // bytes of the disk
@@ -148,11 +146,8 @@ type record struct {
 }
 
 // replay reads the log of a map that was opened, once: it calls do for each
-// record, in order. laid says that the disk has its data, or newer: that was made
-// durable, or was written since the system was started, and only the process has
-// ended. A client that stays would not write again what it wrote after the flush.
-// What comes behind a record that is not whole, or is not of the epoch, is of
-// another time.
+// record, in order. laid says that its data is on the disk. What comes behind a
+// record that is not whole, or is not of the epoch, is of another time.
 func (l *redo) replay(do func(r record, laid bool) error) error {
 	last, err := l.settled()
 	if err != nil {
@@ -174,7 +169,7 @@ func (l *redo) replay(do func(r record, laid bool) error) error {
 		if epoch > last {
 			l.has, l.closed = true, true // nothing is added to it, but it has to be ended
 		}
-		if err := do(r, epoch == last || r.boot == l.boot && l.boot != UUID{}); err != nil {
+		if err := do(r, epoch == last); err != nil {
 			return err
 		}
 		at += size
@@ -213,7 +208,6 @@ func aligned(length int64) int64 { return (length + logAlign - 1) &^ (logAlign -
 func decodeRecord(b []byte, disk int64) (r record, ok bool) {
 	le := binary.LittleEndian
 	r.epoch, r.index = le.Uint64(b[32:]), le.Uint32(b[40:])
-	r.boot = UUID(b[48:64])
 	count := int64(le.Uint32(b[44:]))
 	rest := int64(len(b)) - recordLen - count*rangeLen
 	if rest < 0 {

@@ -49,7 +49,7 @@ func (b *batch) add(p []byte, off int64) bool {
 
 // encode makes a record of the batch, which is of no use any more. docs/MAP.md
 // has its bytes.
-func (b *batch) encode(device, boot UUID, epoch uint64, index uint32) []byte {
+func (b *batch) encode(device UUID, epoch uint64, index uint32) []byte {
 	for _, s := range b.ranges {
 		b.buf = binary.LittleEndian.AppendUint64(b.buf, uint64(s.lo))
 		b.buf = binary.LittleEndian.AppendUint64(b.buf, uint64(s.hi))
@@ -62,8 +62,7 @@ func (b *batch) encode(device, boot UUID, epoch uint64, index uint32) []byte {
 	h = append(h, device[:]...)
 	h = binary.LittleEndian.AppendUint64(h, epoch)
 	h = binary.LittleEndian.AppendUint32(h, index)
-	h = binary.LittleEndian.AppendUint32(h, uint32(len(b.ranges)))
-	copy(h[len(h):recordLen], boot[:])
+	binary.LittleEndian.AppendUint32(h, uint32(len(b.ranges)))
 	binary.LittleEndian.PutUint32(b.buf[8:], crc32.Checksum(b.buf[12:length], castagnoli))
 	return b.buf
 }

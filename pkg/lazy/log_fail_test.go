@@ -88,7 +88,7 @@ func TestEveryCorruptionOfTheLog(t *testing.T) {
 		t.Fatal("no room")
 	}
 	b := bytes.Clone(good)
-	copy(b[l.begin:], other.encode(UUID{9}, UUID{}, 2, 0))
+	copy(b[l.begin:], other.encode(UUID{9}, 2, 0))
 	if !bytes.Equal(open(b), states[0]) {
 		t.Error("the log of another device was laid over the disk")
 	}
@@ -301,10 +301,10 @@ func TestLogBytes(t *testing.T) {
 	if !b.add(filled(0xaa, 512), 1024) || !b.add(filled(0xbb, 512), 4096) {
 		t.Fatal("no room")
 	}
-	rec := b.encode(UUID{1, 2}, UUID{3, 4}, 7, 3)
-	want := "73696c6f2d6c6f67" + "6f5a1ebe" + "60040000" + // magic, checksum, length
+	rec := b.encode(UUID{1, 2}, 7, 3)
+	want := "73696c6f2d6c6f67" + "26384254" + "60040000" + // magic, checksum, length
 		"01020000000000000000000000000000" + "0700000000000000" + "03000000" + "02000000" + // device, epoch, index, ranges
-		"03040000000000000000000000000000" // boot
+		"00000000000000000000000000000000"
 	if got := hex.EncodeToString(rec[:recordLen]); got != want || len(rec) != logAlign {
 		t.Errorf("%d bytes, %s, want %s", len(rec), got, want)
 	}

@@ -290,28 +290,6 @@ func TestD5FirstFlushCoversTheProcessBefore(t *testing.T) {
 	mustRead(t, a.d, 512, filled(2, 512))
 }
 
-// D2: who stays attached while only the process ends has not to write again what
-// it wrote after a flush: that is still to be read, and durable by the next flush.
-func TestD2KilledProcessTakesNothingBack(t *testing.T) {
-	a := newLogged(t, 8, Options{})
-	mustWrite(t, a.s, 0, filled(1, 4*testBlock))
-	a.sync()
-	a.put(512, filled(2, 512))
-	a.put(5*testBlock, filled(3, 512))             // of a block that is missing
-	mustWrite(t, a.d, 512, filled(4, 512))         // not flushed
-	mustWrite(t, a.d, 5*testBlock, filled(5, 512)) // neither
-	for range 2 {
-		a.p.kill()
-		_ = a.d.Close() // it is dead
-		a.start(newProcess(nil, -1))
-		mustRead(t, a.d, 512, filled(4, 512))
-		mustRead(t, a.d, 5*testBlock, filled(5, 512))
-	}
-	a.cut(false, false) // it was durable before it was read
-	mustRead(t, a.d, 512, filled(4, 512))
-	mustRead(t, a.d, 5*testBlock, filled(5, 512))
-}
-
 // What a write that failed has left behind, and is read, is what a flush makes
 // durable.
 func TestFailedWriteIsNotCoveredByTheLog(t *testing.T) {

@@ -56,7 +56,6 @@ func (a *alive) cut(keepDisk, keepMap bool) {
 		f.now, f.since = bytes.Clone(f.durable), make(map[int][][]byte)
 		f.mu.Unlock()
 	}
-	a.boots++
 	a.start(newProcess(nil, -1))
 }
 
