@@ -15,6 +15,7 @@ import (
 const attachScript = `
 fail() { echo "FAILED: $*"; cat /tmp/*.log; dmesg | tail -n 20; exit 1; }
 dest() {
+	: >/tmp/ready # before the other process does: what the last dest has said would be taken for this one's word
 	silo-nbd dest --disk disk=/tmp/copy.raw --disk empty=/tmp/empty.raw --connect unix:///tmp/s --nbd unix:///tmp/n >/tmp/ready 2>>/tmp/dest.log &
 	dest=$!
 	until [ "$(grep -c ^ready /tmp/ready)" = 2 ]; do sleep 0.1; kill -0 $dest || fail 'dest has ended'; done
