@@ -7,11 +7,12 @@ import (
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 )
 
-// past keeps, in the state files of the disks, whether a destination has begun
-// to take them: then one that does not answer is waited for, also by a source
-// that has just been started.
+// past keeps, in the state files of the disks, whether the destination that is
+// connected to has begun to take them: then it is waited for if it does not
+// answer, also by a source that has just been started.
 type past struct {
 	log   *slog.Logger
+	at    string // its address; "" if the source listens: then it waits anyway
 	files []string
 	lacks bool // a disk has none
 }
@@ -21,20 +22,26 @@ func (p *past) add(file string) {
 	p.lacks = p.lacks || file == ""
 }
 
-// met says whether one has begun to take all of them.
-func (p *past) met() bool {
-	return !p.lacks && !slices.ContainsFunc(p.files, func(file string) bool {
-		met, err := identity.Met(file)
-		return err != nil || !met
+// known says whether the destination has begun to take all of them.
+func (p *past) known() bool {
+	return !p.lacks && p.at != "" && !slices.ContainsFunc(p.files, func(file string) bool {
+		at, err := identity.Met(file)
+		return err != nil || at != p.at
 	})
 }
 
-func (p *past) set(met bool) {
-	if p.lacks {
+// met keeps that the destination has begun to take them.
+func (p *past) met() { p.set(p.at) }
+
+// over keeps that nothing is under way any more.
+func (p *past) over() { p.set("") }
+
+func (p *past) set(at string) {
+	if p.lacks || p.at == "" {
 		return
 	}
 	for _, file := range p.files {
-		if err := identity.SetMet(file, met); err != nil {
+		if err := identity.SetMet(file, at); err != nil {
 			p.log.Warn("if this source is started again, it may not wait for its destination", "state", file, "error", err)
 		}
 	}

@@ -107,7 +107,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	var moving []migrate.SourceDisk
-	past := past{log: c.log}
+	past := past{log: c.log, at: f.wire.connect.String()}
 	for i, file := range files {
 		defer func() { err = errors.Join(err, file.Close()) }()
 		id, where, err := identify(specs[i], file, c)
@@ -119,7 +119,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
-		First: firstblocks.Find, Known: past.met(), Met: func() { past.set(true) },
+		First: firstblocks.Find, Known: past.known(), Met: past.met,
 	})
 	if err != nil {
 		return err
@@ -145,7 +145,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	err = source.Run(ctx, ends.Next)
 	op.stopping()
 	if err == nil {
-		past.set(false)
+		past.over()
 		return nil
 	}
 	if ctx.Err() == nil {

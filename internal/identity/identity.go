@@ -47,7 +47,7 @@ type state struct {
 	UUID        string      `json:"uuid"` // 32 hexadecimal digits
 	Generation  uint64      `json:"generation"`
 	Fingerprint fingerprint `json:"fingerprint"`
-	Met         bool        `json:"met,omitempty"` // a destination has begun to take this generation, and has not all of it
+	Met         string      `json:"met,omitempty"` // address of a destination that has begun to take this generation, and has not all of it
 	// Of version 2 only:
 	Open    bool     `json:"open,omitempty"`    // it is served, or its process has crashed
 	Handoff *handoff `json:"handoff,omitempty"` // it was handed off
@@ -114,23 +114,24 @@ func Of(d Disk, path string) (migrate.Identity, error) {
 // change makes it another generation, which nobody has a part of.
 func (s *state) change(print fingerprint) {
 	s.Generation++
-	s.Fingerprint, s.Met = print, false
+	s.Fingerprint, s.Met = print, ""
 }
 
-// Met says whether a destination had a part of the disk with the state file at
-// path when its source ended, so that it may come back.
-func Met(path string) (bool, error) {
+// Met returns the address of the destination that had a part of the disk with the
+// state file at path when its source ended, so that it may come back; "" if none
+// had.
+func Met(path string) (address string, err error) {
 	s, err := load(path)
 	return s.Met, err
 }
 
 // SetMet keeps in the state file at path, which Of has made, what Met says.
-func SetMet(path string, met bool) error {
+func SetMet(path, address string) error {
 	s, err := load(path)
-	if err != nil || s.Met == met {
+	if err != nil || s.Met == address {
 		return err
 	}
-	s.Met = met
+	s.Met = address
 	return save(path, s)
 }
 

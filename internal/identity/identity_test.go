@@ -115,25 +115,25 @@ func TestStateFileOfABlockDeviceOutlivesTheHost(t *testing.T) {
 func TestThatADestinationWasMetIsKeptForTheGeneration(t *testing.T) {
 	path := disk(t, 1<<20)
 	state := path + Suffix
-	require.ErrorIs(t, SetMet(state, true), os.ErrNotExist)
+	require.ErrorIs(t, SetMet(state, "tcp://b:10000"), os.ErrNotExist)
 	first, err := of(t, path)
 	require.NoError(t, err)
-	met := func() bool {
+	met := func() string {
 		met, err := Met(state)
 		require.NoError(t, err)
 		return met
 	}
-	require.False(t, met())
-	require.NoError(t, SetMet(state, true))
+	require.Empty(t, met())
+	require.NoError(t, SetMet(state, "tcp://b:10000"))
 	again, err := of(t, path)
 	require.NoError(t, err)
 	require.Equal(t, first, again)
-	require.True(t, met())
-	require.NoError(t, SetMet(state, false))
-	require.False(t, met())
-	require.NoError(t, SetMet(state, true))
+	require.Equal(t, "tcp://b:10000", met())
+	require.NoError(t, SetMet(state, ""))
+	require.Empty(t, met())
+	require.NoError(t, SetMet(state, "tcp://b:10000"))
 	require.NoError(t, os.Truncate(path, 2<<20))
 	_, err = of(t, path)
 	require.NoError(t, err)
-	require.False(t, met())
+	require.Empty(t, met())
 }

@@ -39,7 +39,7 @@ func TestStatsTellHowLongReadsAndFlushesTook(t *testing.T) {
 			_, err := dev.ReadAt(make([]byte, 512), 0)
 			read <- err
 		}()
-		time.Sleep(40 * time.Millisecond)
+		pass(40 * time.Millisecond)
 		_, err = stream.WriteAt(make([]byte, 4096), 0)
 		require.NoError(t, err)
 		require.NoError(t, <-read)

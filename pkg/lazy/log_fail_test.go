@@ -165,14 +165,7 @@ func TestL12NoRoomForTheLog(t *testing.T) {
 		a := newLogged(t, 8, Options{})
 		a.put(0, filled(1, 512))
 		mustWrite(t, a.d, testBlock, filled(2, 512))
-		once := true
-		a.p.hook = func(what string) error {
-			if what == "write map" && once {
-				once = false
-				return syscall.ENOSPC
-			}
-			return nil
-		}
+		a.first("write map", func() error { return syscall.ENOSPC })
 		if err := a.d.Sync(); !errors.Is(err, syscall.ENOSPC) || !MapFull(err) {
 			t.Errorf("the flush said %v", err)
 		}

@@ -240,13 +240,7 @@ func TestD12MarkWithoutItsBits(t *testing.T) {
 func TestD5LoggedFlushWaitsForTheMap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newLogged(t, 8, Options{})
-		goOn := make(chan struct{})
-		a.p.hook = func(what string) error {
-			if what == "sync map" {
-				<-goOn
-			}
-			return nil
-		}
+		goOn := a.hold("sync map")
 		mustWrite(t, a.d, 0, filled(1, 512))
 		first := run(a.sync)
 		synctest.Wait()
@@ -321,13 +315,7 @@ func TestFailedWriteIsNotCoveredByTheLog(t *testing.T) {
 func TestStreamFlushIsNotLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newLogged(t, 8, Options{})
-		goOn := make(chan struct{})
-		a.p.hook = func(what string) error {
-			if what == "sync map" {
-				<-goOn
-			}
-			return nil
-		}
+		goOn := a.hold("sync map")
 		var all []<-chan struct{}
 		for i := range int64(2) {
 			mustWrite(t, a.d, i*512, filled(2, 512))
@@ -357,15 +345,11 @@ func TestStreamFlushIsNotLogged(t *testing.T) {
 func TestD4NothingIsLoggedAfterAFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newLogged(t, 8, Options{})
-		goOn, once := make(chan struct{}), true
-		a.p.hook = func(what string) error {
-			if what == "sync map" && once {
-				once = false
-				<-goOn
-				return syscall.EIO
-			}
-			return nil
-		}
+		goOn := make(chan struct{})
+		a.first("sync map", func() error {
+			<-goOn
+			return syscall.EIO
+		})
 		sync := func() {
 			if err := a.d.Sync(); !errors.Is(err, syscall.EIO) {
 				t.Errorf("a flush said %v", err)
@@ -393,14 +377,11 @@ func TestD5WriteIsCollectedAfterItWasMade(t *testing.T) {
 		a := newLogged(t, 8, Options{})
 		mustWrite(t, a.s, 0, filled(1, 8*testBlock))
 		a.sync()
-		goOn, once := make(chan struct{}), true
-		a.p.hook = func(what string) error {
-			if what == "write disk" && once {
-				once = false
-				<-goOn
-			}
+		goOn := make(chan struct{})
+		a.first("write disk", func() error {
+			<-goOn
 			return nil
-		}
+		})
 		write := run(func() { mustWrite(t, a.d, 512, filled(2, 512)) })
 		synctest.Wait()
 		if err := a.s.Flush(); err != nil {
@@ -420,16 +401,11 @@ func TestD5WriteIsCollectedAfterItWasMade(t *testing.T) {
 func TestD9FlushWhileTheDeviceBecomesComplete(t *testing.T) {
 	a := newLogged(t, 8, Options{})
 	mustWrite(t, a.s, 0, filled(1, 8*testBlock))
-	once := true
-	a.p.hook = func(what string) error {
-		if what == "sync map" && once { // of the flush that comes first
-			once = false
-			a.p.hook = nil
-			mustWrite(t, a.d, testBlock, filled(2, 512))
-			a.d.saver.m.log.has = true // as if it had been logged right after that flush
-		}
+	a.first("sync map", func() error { // of the flush that comes first
+		mustWrite(t, a.d, testBlock, filled(2, 512))
+		a.d.saver.m.log.has = true // as if it had been logged right after that flush
 		return nil
-	}
+	})
 	if err := a.d.Complete(); err != nil {
 		t.Fatal(err)
 	}

@@ -32,6 +32,30 @@ func newAliveWith(t *testing.T, n, log int64, o Options) *alive {
 	return a
 }
 
+// hold has every operation what wait until goOn is closed.
+func (a *alive) hold(what string) (goOn chan struct{}) {
+	goOn = make(chan struct{})
+	a.p.hook = func(op string) error {
+		if op == what {
+			<-goOn
+		}
+		return nil
+	}
+	return goOn
+}
+
+// first has the first operation what do that before, and fail if that does.
+func (a *alive) first(what string, do func() error) {
+	once := true
+	a.p.hook = func(op string) error {
+		if op != what || !once {
+			return nil
+		}
+		once = false
+		return do()
+	}
+}
+
 func (a *alive) start(p *process) {
 	a.t.Helper()
 	d, err := a.machine.start(p, a.o)
@@ -138,14 +162,10 @@ func TestD12FlushedSectorsStayWhenTheirBlockArrives(t *testing.T) {
 		// Its block arrives while the next flush is in the disk: only then is the
 		// mask gone from memory and the bit not in that flush.
 		mustWrite(t, a.d, 2*testBlock+512, filled(3, 512))
-		once := true
-		a.p.hook = func(what string) error {
-			if what == "sync disk" && once {
-				once = false
-				mustWrite(t, a.s, testBlock, filled(1, testBlock))
-			}
+		a.first("sync disk", func() error {
+			mustWrite(t, a.s, testBlock, filled(1, testBlock))
 			return nil
-		}
+		})
 		a.sync()
 		a.cut(false, keepMap)
 		mustWrite(t, a.s, 0, filled(1, 8*testBlock))
@@ -233,16 +253,12 @@ func TestD13BitSetDuringTheFlushWaitsForTheNext(t *testing.T) {
 	a := newAlive(t, 8, Options{})
 	mustWrite(t, a.s, 0, filled(1, testBlock))
 	mustWrite(t, a.d, 5*testBlock, filled(2, 512))
-	once := true
-	a.p.hook = func(what string) error {
-		if what == "sync disk" && once { // its data is not in this flush
-			once = false
-			mustWrite(t, a.s, testBlock, filled(1, testBlock))
-			mustWrite(t, a.d, 2*testBlock, filled(2, testBlock))
-			mustWrite(t, a.d, 6*testBlock, filled(2, 512))
-		}
+	a.first("sync disk", func() error { // its data is not in this flush
+		mustWrite(t, a.s, testBlock, filled(1, testBlock))
+		mustWrite(t, a.d, 2*testBlock, filled(2, testBlock))
+		mustWrite(t, a.d, 6*testBlock, filled(2, 512))
 		return nil
-	}
+	})
 	a.sync()
 	a.cut(false, false)
 	if want := [][2]int64{{0, 1}}; !slices.Equal(a.local(), want) || a.d.Stats().Partial != 1 {
@@ -257,13 +273,7 @@ func TestD6NobodyWaitsForTheMap(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			a := newAlive(t, 8, Options{})
 			mustWrite(t, a.s, 0, filled(1, testBlock))
-			goOn := make(chan struct{})
-			a.p.hook = func(what string) error {
-				if what == slow {
-					<-goOn
-				}
-				return nil
-			}
+			goOn := a.hold(slow)
 			flush := run(func() { a.sync() })
 			synctest.Wait()
 			done := run(func() {
@@ -486,13 +496,7 @@ func TestBitsFollowWithoutAFlush(t *testing.T) {
 func TestD5FlushesShareACommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAlive(t, 64, Options{})
-		goOn := make(chan struct{})
-		a.p.hook = func(what string) error {
-			if what == "sync disk" {
-				<-goOn
-			}
-			return nil
-		}
+		goOn := a.hold("sync disk")
 		n := len(a.p.done())
 		var all []<-chan struct{}
 		for i := range int64(32) {

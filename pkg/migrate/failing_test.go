@@ -214,7 +214,7 @@ func TestHolesGoOnWhileTheWindowProbes(t *testing.T) {
 		var flying []flightMark
 		sent := 0
 		for range 100 { // round trips
-			for w.room(0) {
+			for w.room(0) == nil {
 				flying = append(flying, w.begin(0))
 				sent++
 			}

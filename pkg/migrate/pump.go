@@ -192,11 +192,13 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 	if hole {
 		return p.sendHole(ctx, r, from, limit)
 	}
-	if err := p.window.await(ctx, limit*p.order.geo.blockSize); err != nil {
+	bs := p.order.geo.blockSize
+	n, err := p.window.await(ctx, func() int64 { return min(limit*bs, p.packet()) })
+	if err != nil {
 		return err
 	}
 	p.giveWay(ctx)
-	s, ok := p.order.takeBulk(from, limit)
+	s, ok := p.order.takeBulk(from, n/bs)
 	if !ok {
 		return nil // demand was faster
 	}
@@ -205,7 +207,7 @@ func (p *pump) sendBulk(ctx context.Context, r *reader, from int64) error {
 
 // sendHole sends a zero run of at most limit blocks from block from on.
 func (p *pump) sendHole(ctx context.Context, r *reader, from, limit int64) error {
-	if err := p.window.await(ctx, zeroCost); err != nil {
+	if _, err := p.window.await(ctx, func() int64 { return zeroCost }); err != nil {
 		return err
 	}
 	if p.runBytes.Load() == p.order.geo.blockSize { // a plain peer takes one block

@@ -28,7 +28,7 @@ func TestRateIsChangedWhileItRuns(t *testing.T) {
 		within := func(d time.Duration, want int64) {
 			t.Helper()
 			before := sent(src)
-			time.Sleep(d)
+			<-time.After(d)
 			require.InDelta(t, want, sent(src)-before, 4*DefaultBlockSize, "both disks share the rate")
 		}
 		within(4*time.Second, 4<<20)
@@ -52,7 +52,7 @@ func TestRaisedRateDoesNotWaitForTheOldOne(t *testing.T) {
 		store, _ := testDisk(t, 8<<20, 2)
 		src := newSource(t, SourceOptions{Rate: 1}, SourceDisk{Name: "disk", Store: store})
 		m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		require.LessOrEqual(t, sent(src), int64(2*DefaultBlockSize))
 		src.SetRate(1 << 20)
 		begin := time.Now()
@@ -75,7 +75,7 @@ func TestPauseHoldsTheBackgroundAndNoRead(t *testing.T) {
 		w := newWires()
 		m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), w)
 		dev := <-m.dst.ready
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		require.Zero(t, src.Status()[0].BytesDone, "a hole is background, too")
 		read := func(off, length int64) {
 			t.Helper()
@@ -89,11 +89,11 @@ func TestPauseHoldsTheBackgroundAndNoRead(t *testing.T) {
 		read(5_000_000, 1000)
 		read(6<<20, 4<<20)
 		before := sent(src)
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		require.Equal(t, before, sent(src))
 
 		w.cut()
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		require.Equal(t, before, sent(src), "paused over connections")
 		read(12_000_000, 1000)
 
@@ -116,11 +116,11 @@ func TestPausedDiskCompletesByReads(t *testing.T) {
 		src := newSource(t, SourceOptions{Rate: 1 << 20}, SourceDisk{Name: "disk", Store: store})
 		m := migrate(t, src, newDestination(t, DestinationOptions{}, memory), newWires())
 		dev := <-m.dst.ready
-		time.Sleep(2 * time.Second)
+		<-time.After(2 * time.Second)
 		src.Pause()
 		before := sent(src)
 		require.Greater(t, before, int64(1<<20))
-		time.Sleep(time.Hour)
+		<-time.After(time.Hour)
 		require.LessOrEqual(t, sent(src)-before, int64(DefaultBlockSize), "a packet may have been under way")
 		_, err := dev.ReadAt(make([]byte, size), 0)
 		require.NoError(t, err)

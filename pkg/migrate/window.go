@@ -7,9 +7,10 @@ import (
 )
 
 const (
-	// The window is windowGain times what the path holds, plus two packets. A gain over 1 lets the window grow by a quarter each round trip while the
-	// path takes it, and leaves a quarter of a round trip queued when it does
-	// not: a demand read waits behind no more than that.
+	// The window is windowGain times what the path holds, plus two packets. A gain
+	// over 1 lets the window grow by a quarter each round trip while the path takes
+	// it, and leaves a quarter of a round trip queued when it does not: a demand
+	// read waits behind no more than that.
 	windowGain = 1.25
 	// While somebody asks for blocks, and for demandLife after, there is no such
 	// quarter: the background may fill the path and queues no more than its two
@@ -52,11 +53,10 @@ const (
 // answers, are those of the BBR congestion control (Cardwell and others, 2016).
 type window struct {
 	blockSize int64
-	// wake has capacity 1: there may be room. Who takes it passes it on.
-	wake chan struct{}
 
 	mu sync.Mutex
 	// Guarded by mu:
+	wake           chan struct{} // closed when there may be room; nil: nobody waits
 	maxPackets     int
 	bytes, packets int64     // in flight
 	delivered      int64     // bytes answered so far
@@ -80,7 +80,7 @@ type flightMark struct {
 }
 
 func newWindow(blockSize int64, maxPackets int) *window {
-	return &window{blockSize: blockSize, maxPackets: maxPackets, wake: make(chan struct{}, 1)}
+	return &window{blockSize: blockSize, maxPackets: maxPackets}
 }
 
 // demand notes that a block goes out which somebody asked for.
@@ -109,23 +109,43 @@ func (w *window) probeLocked(now time.Time) {
 // rateLocked is the best rate of late, 0 if there is none.
 func (w *window) rateLocked() float64 { return max(w.rate, w.oldRate) }
 
-// await waits until n bytes may be sent.
-func (w *window) await(ctx context.Context, n int64) error {
-	for !w.room(n) {
+// await waits until the next packet may be sent and returns its bytes, as size
+// has them then: what is right for a packet changes while it waits.
+func (w *window) await(ctx context.Context, size func() int64) (n int64, err error) {
+	for {
+		n = size()
+		wake := w.room(n)
+		if wake == nil {
+			return n, nil
+		}
 		select {
-		case <-w.wake:
+		case <-wake:
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return 0, context.Cause(ctx)
 		}
 	}
-	notify(w.wake) // there may be room for another disk's packet
-	return nil
 }
 
-func (w *window) room(n int64) bool {
+// room returns nil if n bytes may be sent, and otherwise what is closed when that
+// may have changed.
+func (w *window) room(n int64) (wake <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.roomLocked(n)
+	if w.roomLocked(n) {
+		return nil
+	}
+	if w.wake == nil {
+		w.wake = make(chan struct{})
+	}
+	return w.wake
+}
+
+// wakeLocked has all who wait look again.
+func (w *window) wakeLocked() {
+	if w.wake != nil {
+		close(w.wake)
+		w.wake = nil
+	}
 }
 
 // begin counts n bytes as sent now, whether there is room for them or not.
@@ -167,7 +187,7 @@ func (w *window) setMaxPackets(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.maxPackets = n
-	notify(w.wake)
+	w.wakeLocked()
 }
 
 // release takes a packet out of flight. Only one that was taken by the other
@@ -180,7 +200,7 @@ func (w *window) release(m flightMark, ok bool) {
 	if now := time.Now(); ok && m.bytes > 0 {
 		w.measureLocked(m, now)
 	}
-	notify(w.wake)
+	w.wakeLocked()
 }
 
 func (w *window) measureLocked(m flightMark, now time.Time) {

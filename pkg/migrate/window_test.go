@@ -27,29 +27,31 @@ func (p *path) send(n int64) time.Duration {
 	return p.free.Sub(now) + p.rtt
 }
 
-// runWindow sends for d over p and returns the bytes that were answered and
-// the longest time that a packet sent in the last half of d waited for the link.
-func runWindow(t *testing.T, p *path, d time.Duration) (moved int64, queued time.Duration, w *window) {
+// drive sends packets over p, as w has it, until d has passed. before is called
+// before each waits for the window, sent for each that has gone: at since, of n
+// bytes, which wait for the link for queued. Either may be nil.
+func drive(t *testing.T, w *window, p *path, d time.Duration, before func(since time.Duration), sent func(since time.Duration, n int64, queued time.Duration)) {
 	t.Helper()
-	w = newWindow(64<<10, 256)
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	defer cancel()
 	begin := time.Now()
-	var answered atomic.Int64
 	for {
-		n := w.packet()
-		if w.await(ctx, n) != nil {
-			break
+		since := time.Since(begin)
+		if before != nil {
+			before(since)
+		}
+		n, err := w.await(ctx, w.packet)
+		if err != nil {
+			return
 		}
 		m := w.begin(n)
 		back := p.send(n)
-		if time.Since(begin) > d/2 {
-			queued = max(queued, back-p.rtt)
+		if sent != nil {
+			sent(since, n, back-p.rtt)
 		}
-		time.AfterFunc(back, func() { answered.Add(n); w.release(m, true) })
+		time.AfterFunc(back, func() { w.release(m, true) })
 		synctest.Wait()
 	}
-	return answered.Load(), queued, w
 }
 
 func TestWindowFillsThePathAndQueuesLittle(t *testing.T) {
@@ -65,8 +67,16 @@ func TestWindowFillsThePathAndQueuesLittle(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const d = 5 * time.Second
-				moved, queued, w := runWindow(t, &c.path, d)
-				used := float64(moved) / (c.path.rate * d.Seconds())
+				w := newWindow(64<<10, 256)
+				var queued time.Duration
+				var moved int64
+				drive(t, w, &c.path, d, nil, func(since time.Duration, n int64, q time.Duration) {
+					moved += n
+					if since > d/2 {
+						queued = max(queued, q)
+					}
+				})
+				used := float64(moved-w.stats().inFlight) / (c.path.rate * d.Seconds())
 				t.Logf("%.0f %% of the link, a packet queues %v at most, %+v", 100*used, queued, w.stats())
 				require.Greater(t, used, 0.75)
 				// A quarter of what the path holds, and two packets.
@@ -82,25 +92,16 @@ func TestWindowFollowsThePath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 100e6, rtt: 2 * time.Millisecond}
 		w := newWindow(64<<10, 256)
-		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
-		defer cancel()
-		begin := time.Now()
 		var late int64
-		for {
-			if since := time.Since(begin); since > 10*time.Second {
+		drive(t, w, &p, 60*time.Second, func(since time.Duration) {
+			if since > 10*time.Second {
 				p.rtt = 20 * time.Millisecond // the route has changed
 			}
-			n := w.packet()
-			if w.await(ctx, n) != nil {
-				break
-			}
-			m := w.begin(n)
-			if time.Since(begin) > 50*time.Second {
+		}, func(since time.Duration, n int64, _ time.Duration) {
+			if since > 50*time.Second {
 				late += n
 			}
-			time.AfterFunc(p.send(n), func() { w.release(m, true) })
-			synctest.Wait()
-		}
+		})
 		require.Greater(t, float64(late)/(100e6*10), 0.75, "the longer round trip is found")
 		require.Greater(t, w.stats().minRTT, 10*time.Millisecond)
 		<-time.After(time.Minute)
@@ -115,32 +116,22 @@ func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWindow(64<<10, 256)
-			ctx, cancel := context.WithTimeout(t.Context(), rttLife-100*time.Millisecond) // before the round trip is measured again
-			defer cancel()
-			begin := time.Now()
 			var late int64
 			var queued, after time.Duration
-			for {
-				since := time.Since(begin)
+			const d = rttLife - 100*time.Millisecond // before the round trip is measured again
+			drive(t, w, &p, d, func(since time.Duration) {
 				if since > 2*time.Second && since < 8*time.Second {
 					w.demand() // which itself takes next to nothing of the path
 				}
-				n := w.packet()
-				if w.await(ctx, n) != nil {
-					break
-				}
-				m := w.begin(n)
-				back := p.send(n)
+			}, func(since time.Duration, n int64, q time.Duration) {
 				switch {
 				case since > 9400*time.Millisecond:
-					after = max(after, back-p.rtt)
+					after = max(after, q)
 				case since > 4*time.Second && since < 8*time.Second:
-					queued = max(queued, back-p.rtt)
+					queued = max(queued, q)
 					late += n
 				}
-				time.AfterFunc(back, func() { w.release(m, true) })
-				synctest.Wait()
-			}
+			})
 			packet := time.Duration(float64(w.packet()) / p.rate * 1e9)
 			used := float64(late) / (p.rate * 4)
 			t.Logf("%v: %.0f %% of the link; a packet of %v queues %v at most, %v without demand", p.rtt, 100*used, packet, queued, after)
@@ -158,32 +149,21 @@ func TestDemandMeetsOneSmallPacketOnAFastShortPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 1e9, rtt: 200 * time.Microsecond}
 		w := newWindow(64<<10, 256)
-		ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
-		defer cancel()
-		begin := time.Now()
 		var late int64
 		var before, queued time.Duration
-		for {
-			since := time.Since(begin)
+		drive(t, w, &p, 4*time.Second, func(since time.Duration) {
 			if since > 2*time.Second {
 				w.demand()
 			}
-			n := w.packet()
-			if w.await(ctx, n) != nil {
-				break
-			}
-			m := w.begin(n)
-			back := p.send(n)
+		}, func(since time.Duration, n int64, q time.Duration) {
 			switch {
 			case since > time.Second && since < 2*time.Second:
-				before = max(before, back-p.rtt)
+				before = max(before, q)
 			case since > 2100*time.Millisecond:
-				queued = max(queued, back-p.rtt)
+				queued = max(queued, q)
 				late += n
 			}
-			time.AfterFunc(back, func() { w.release(m, true) })
-			synctest.Wait()
-		}
+		})
 		used := float64(late) / (p.rate * 1.9)
 		t.Logf("%.0f %% of the link, a packet queues %v at most, %v without demand", 100*used, queued, before)
 		require.Greater(t, used, 0.5)
@@ -197,26 +177,61 @@ func TestDemandMeetsOneSmallPacketOnAFastShortPath(t *testing.T) {
 func TestProbeThatFindsNoEmptyPathEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 1e9, rtt: time.Millisecond}
-		_, _, w := runWindow(t, &p, time.Second)
+		w := newWindow(64<<10, 256)
+		drive(t, w, &p, time.Second, nil, nil)
 		<-time.After(time.Second)
 		urgent := w.begin(64 << 10)
 		w.demand()
-		require.False(t, w.room(64<<10), "it waits for the path to be empty")
+		require.NotNil(t, w.room(64<<10), "it waits for the path to be empty")
 		<-time.After(probeLife + time.Millisecond)
-		require.True(t, w.room(64<<10))
+		require.Nil(t, w.room(64<<10))
 		w.release(urgent, true)
 		<-time.After(time.Minute)
 	})
 }
 
+func always(n int64) func() int64 { return func() int64 { return n } }
+
 func TestOnePacketMayAlwaysFly(t *testing.T) {
 	w := newWindow(1<<20, 1)
-	require.NoError(t, w.await(t.Context(), 32<<20))
+	n, err := w.await(t.Context(), always(32<<20))
+	require.NoError(t, err)
+	require.EqualValues(t, 32<<20, n)
 	m := w.begin(32 << 20)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	require.ErrorIs(t, w.await(ctx, 1), context.Canceled)
+	_, err = w.await(ctx, always(1))
+	require.ErrorIs(t, err, context.Canceled)
 	w.release(m, false)
-	require.NoError(t, w.await(t.Context(), 1))
+	_, err = w.await(t.Context(), always(1))
+	require.NoError(t, err)
 	require.Zero(t, w.stats().minRTT, "a refused packet measures nothing")
+}
+
+// Two disks share a window. One that waits for more than there is room for does
+// not keep the room from the other, and takes what has become right meanwhile.
+func TestWhoFindsNoRoomKeepsItFromNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWindow(4096, 256)
+		a, b := w.begin(firstWindow-8192), w.begin(firstWindow-8192)
+		var size atomic.Int64
+		size.Store(firstWindow)
+		large, small := make(chan int64, 1), make(chan int64, 1)
+		wait := func(got chan<- int64, size func() int64) {
+			n, err := w.await(t.Context(), size)
+			require.NoError(t, err)
+			got <- n
+		}
+		go wait(large, size.Load)
+		synctest.Wait()
+		go wait(small, always(8192))
+		synctest.Wait()
+		w.release(a, true)
+		require.EqualValues(t, 8192, <-small)
+		synctest.Wait()
+		require.Empty(t, large)
+		size.Store(4096)
+		w.release(b, true)
+		require.EqualValues(t, 4096, <-large)
+	})
 }
