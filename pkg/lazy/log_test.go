@@ -447,7 +447,7 @@ func TestLogEndsByItself(t *testing.T) {
 		a := newLogged(t, 8, Options{})
 		mustWrite(t, a.s, 0, filled(1, 8*testBlock))
 		a.sync()
-		for _, end := range []func(){func() { pass(2 * saveEvery) }, func() {
+		for _, end := range []func(){func() { pass(2 * saveLatest) }, func() {
 			if err := a.d.Close(); err != nil {
 				t.Error(err)
 			}
@@ -462,7 +462,7 @@ func TestLogEndsByItself(t *testing.T) {
 		}
 		a.cut(false, false)
 		n := len(a.p.done())
-		if pass(100 * saveEvery); len(a.p.done()) != n {
+		if pass(100 * saveLatest); len(a.p.done()) != n {
 			t.Errorf("with nothing new: %v", a.p.done()[n:])
 		}
 	})

@@ -9,9 +9,17 @@ import (
 	"time"
 )
 
-// saveEvery is how long what has changed may be in memory only, when no client
-// flushes.
-const saveEvery = 3 * time.Second
+const (
+	// saveLatest is how long what has changed may be in memory only, when no client
+	// flushes. A save syncs all that clients have written, too, which costs them
+	// more than it spares them: of a program that is killed only the bits are gone.
+	saveLatest = 10 * time.Second
+	// saveWorth is how much has to have arrived, in bytes, for a save to come
+	// earlier, saveEvery after the one before: so much is not moved again, and not
+	// left to the first flush of a client.
+	saveWorth = 64 << 20
+	saveEvery = 3 * time.Second
+)
 
 // maxKept is how large a snapshot may be for its memory to be used again.
 const maxKept = 256 << 10 // bytes
@@ -189,6 +197,11 @@ func (d *Device) forget(spans []span) error {
 	})
 }
 
+// arrived is how much is here that the source sent, in bytes.
+func (d *Device) arrived() int64 {
+	return (d.state.local.Load() - d.state.writes.Load()) * d.blockSize
+}
+
 // saveLoop saves what has changed, in a while, when nobody flushes.
 func (d *Device) saveLoop() {
 	timer := time.NewTimer(saveEvery)
@@ -200,6 +213,7 @@ func (d *Device) saveLoop() {
 			return
 		case <-d.state.changes.kick:
 		}
+		since, had := time.Now(), d.arrived()
 		for d.state.changes.dirty.Load() {
 			timer.Reset(saveEvery)
 			select {
@@ -210,6 +224,10 @@ func (d *Device) saveLoop() {
 			if !d.state.changes.dirty.Load() {
 				break // a flush has saved it
 			}
+			if time.Since(since) < saveLatest && d.arrived()-had < saveWorth {
+				continue
+			}
+			since, had = time.Now(), d.arrived()
 			err := d.flush.flush(context.Background(), d, true)
 			var room *roomError
 			switch {

@@ -459,39 +459,6 @@ func TestL12NoRoomForTheMapIsNotFinal(t *testing.T) {
 	}
 }
 
-// Without any flush the bits follow, and nothing is written when nothing changes.
-func TestBitsFollowWithoutAFlush(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := newAlive(t, 8, Options{})
-		mustWrite(t, a.s, 0, filled(1, testBlock))
-		pass(saveEvery / 2)
-		mustWrite(t, a.d, testBlock, filled(1, 512))
-		n := len(a.p.done())
-		pass(saveEvery)
-		if log := a.p.done()[n:]; !slices.Equal(log, []string{"sync disk", "write map", "read map", "write map", "sync map"}) {
-			t.Errorf("%v after a change: %v", saveEvery, log)
-		}
-		n = len(a.p.done())
-		pass(100 * saveEvery)
-		if log := a.p.done()[n:]; len(log) != 0 {
-			t.Errorf("with nothing new: %v", log)
-		}
-		mustWrite(t, a.d, testBlock+1024, filled(1, 512))
-		a.sync()
-		n = len(a.p.done())
-		pass(100 * saveEvery)
-		if log := a.p.done()[n:]; len(log) != 0 {
-			t.Errorf("after a flush: %v", log)
-		}
-		mustWrite(t, a.s, 2*testBlock, filled(1, testBlock))
-		pass(2 * saveEvery)
-		a.cut(false, false)
-		if st := a.d.Stats(); st.Fetched != 2 || st.Partial != 1 {
-			t.Errorf("after a power cut: %+v", st)
-		}
-	})
-}
-
 // D5: flushes that come while one runs share the next: one commit for all.
 func TestD5FlushesShareACommit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
