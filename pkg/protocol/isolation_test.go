@@ -108,7 +108,7 @@ func TestTheWindowKeepsAStuckDeviceInsideItsShare(t *testing.T) {
 			}
 			stuck <- nil
 		}()
-		time.Sleep(2 * maxAside) // of the bubble: the reader is relieved from the stuck store
+		<-time.After(2 * maxAside) // of the bubble: the reader is relieved from the stuck store
 		synctest.Wait()
 		require.Equal(t, int64(peer.Window), dst.Stats().Received)
 		for off := int64(0); off < size; off += block {

@@ -36,7 +36,7 @@ func TestConcurrentFlushesShareOne(t *testing.T) {
 		var s flusher
 		s.init(func() error {
 			rounds.Add(1)
-			time.Sleep(time.Second)
+			<-time.After(time.Second)
 			return nil
 		})
 		var wg sync.WaitGroup
@@ -58,7 +58,7 @@ func TestFailureReachesEveryFlushThatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var s flusher
 		s.init(func() error {
-			time.Sleep(time.Second)
+			<-time.After(time.Second)
 			return syscall.EIO
 		})
 		var wg sync.WaitGroup
