@@ -78,6 +78,7 @@ type Client struct {
 	mu sync.Mutex // never held over I/O
 	// Guarded by mu:
 	closing bool
+	unsent  error // why a request could not be sent, for which the connection was closed
 	cookie  uint64
 	pending map[uint64]*call
 }
@@ -296,9 +297,7 @@ func (c *Client) request(op string, cmd, flags uint16, off, length int64, out, i
 	c.mu.Unlock()
 
 	if err := c.send(cmd, flags, cookie, off, length, out); err != nil {
-		// Half a request may be out: the connection is of no use any more, and
-		// readLoop tells everybody why.
-		c.conn.Close()
+		c.giveUp(err)
 	}
 	select {
 	case <-w.done:
@@ -315,6 +314,17 @@ func (c *Client) request(op string, cmd, flags uint16, off, length int64, out, i
 	return nil
 }
 
+// giveUp ends the connection because a request could not be sent: half of it may
+// be out. readLoop tells everybody why.
+func (c *Client) giveUp(err error) {
+	c.mu.Lock()
+	if c.unsent == nil {
+		c.unsent = err
+	}
+	c.mu.Unlock()
+	c.conn.Close()
+}
+
 // send puts one request on the wire.
 func (c *Client) send(cmd, flags uint16, cookie uint64, off, length int64, payload []byte) error {
 	c.sendMu.Lock()
@@ -325,7 +335,10 @@ func (c *Client) send(cmd, flags uint16, cookie uint64, off, length int64, paylo
 	b = binary.BigEndian.AppendUint64(b, cookie)
 	b = binary.BigEndian.AppendUint64(b, uint64(off))
 	b = binary.BigEndian.AppendUint32(b, uint32(length))
-	bufs := net.Buffers{b, payload}
+	bufs := net.Buffers{b}
+	if len(payload) > 0 { // the server may have hung up when it had all
+		bufs = append(bufs, payload)
+	}
 	_, err := bufs.WriteTo(c.conn)
 	return err
 }
@@ -336,8 +349,11 @@ func (c *Client) readLoop() {
 	err := c.readReplies()
 	c.conn.Close() // ends a sender that is stuck; the cause is in err
 	c.mu.Lock()
-	if c.closing {
+	switch {
+	case c.closing:
 		err = ErrClosed
+	case c.unsent != nil && (errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrClosedPipe)): // by giveUp
+		err = fmt.Errorf("nbd: connection ended: a request could not be sent: %w", c.unsent)
 	}
 	c.closing = true
 	c.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -224,6 +225,33 @@ func TestConnectionEndReachesEveryWaiter(t *testing.T) {
 			require.ErrorIs(t, err, ErrClosed)
 		})
 	}
+}
+
+// mute is a connection that can be told to send nothing more.
+type mute struct {
+	net.Conn
+	on atomic.Bool
+}
+
+func (m *mute) Write(p []byte) (int, error) {
+	if m.on.Load() {
+		return 0, syscall.ENETUNREACH
+	}
+	return m.Conn.Write(p)
+}
+
+func TestWhyARequestWasNotSentIsSaid(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	go (&fakeServer{t, theirs}).handshake()
+	conn := &mute{Conn: ours}
+	cl, err := New(t.Context(), conn, "a")
+	require.NoError(t, err)
+	conn.on.Store(true)
+	_, err = cl.ReadAt(make([]byte, 10), 0)
+	require.ErrorIs(t, err, syscall.ENETUNREACH)
+	require.ErrorContains(t, err, "could not be sent")
+	require.NoError(t, cl.Close())
 }
 
 func requireContains(t *testing.T, err error, want string) {
