@@ -272,6 +272,9 @@ func (p *ProtocolRW) end(err error) {
 			p.drainer.late.Stop()
 		}
 		p.mu.Unlock()
+		// Before anybody can know of the end: who knows of it sends nothing any more.
+		p.sender.close()
+		p.outbox.close()
 		close(p.done)
 		if stop != nil {
 			stop()
@@ -283,8 +286,6 @@ func (p *ProtocolRW) end(err error) {
 				_ = c.Close() // the connection is over, and err says why
 			}
 		}
-		p.sender.close()
-		p.outbox.close()
 		p.budget.close()
 		for _, d := range devices {
 			d.close()
