@@ -13,7 +13,7 @@ const (
 	// saveLatest is how long what has changed may be in memory only, when no client
 	// flushes. A save syncs all that clients have written, too, which costs them
 	// more than it spares them: of a program that is killed only the bits are gone.
-	saveLatest = 10 * time.Second
+	saveLatest = 3 * saveEvery // it is looked at so often
 	// saveWorth is how much has to have arrived, in bytes, for a save to come
 	// earlier, saveEvery after the one before: so much is not moved again, and not
 	// left to the first flush of a client.
