@@ -114,6 +114,22 @@ func (d *Device) WriteAtContext(ctx context.Context, p []byte, off int64) (int, 
 	return len(p), nil
 }
 
+// CanSplice implements storage.Splicer: when nothing has to be kept of who wrote
+// what, which is when the device is complete.
+func (d *Device) CanSplice() bool {
+	s, ok := d.disk.(storage.Splicer)
+	return ok && d.direct.Load() && s.CanSplice()
+}
+
+// SpliceAt implements storage.Splicer once CanSplice has said yes.
+func (d *Device) SpliceAt(pipe int, off, length int64) error {
+	s, ok := d.disk.(storage.Splicer)
+	if !ok || !d.direct.Load() {
+		return errors.ErrUnsupported
+	}
+	return s.SpliceAt(pipe, off, length)
+}
+
 // ZeroAtContext makes [off, off+length) read as zeroes, exactly. With punch the
 // space may be given back. It waits as WriteAtContext does.
 func (d *Device) ZeroAtContext(ctx context.Context, off, length int64, punch bool) error {

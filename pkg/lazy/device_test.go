@@ -136,3 +136,46 @@ func TestRangesOutsideTheDeviceAreRefused(t *testing.T) {
 		t.Errorf("write of nothing at the end: %v", err)
 	}
 }
+
+// pipeDisk is a disk that takes what is in a pipe.
+type pipeDisk struct {
+	*memDisk
+	spliced []int64 // offsets
+}
+
+func (p *pipeDisk) CanSplice() bool { return true }
+
+func (p *pipeDisk) SpliceAt(_ int, off, _ int64) error {
+	p.spliced = append(p.spliced, off)
+	return nil
+}
+
+func TestOnlyACompleteDeviceIsSplicedInto(t *testing.T) {
+	for _, c := range []struct {
+		disk storage.StorageProvider
+		can  bool
+	}{{&pipeDisk{memDisk: newMemDisk(4096)}, true}, {newMemDisk(4096), false}} {
+		d, err := New(c.disk, Options{BlockSize: 4096})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if d.CanSplice() {
+			t.Error("who wrote what has to be kept")
+		}
+		if err := d.SpliceAt(0, 0, 512); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("while a block is missing: %v", err)
+		}
+		mustWrite(t, d.Attach(&asks{}), 0, filled(1, 4096))
+		if err := d.Complete(); err != nil {
+			t.Fatal(err)
+		}
+		err = d.SpliceAt(0, 512, 512)
+		if d.CanSplice() != c.can || (err == nil) != c.can {
+			t.Errorf("complete: can %t, want %t; %v", d.CanSplice(), c.can, err)
+		}
+		if p, is := c.disk.(*pipeDisk); is && !slices.Equal(p.spliced, []int64{512}) {
+			t.Errorf("spliced at %v", p.spliced)
+		}
+	}
+}

@@ -47,6 +47,16 @@ type (
 		FastZeroAtContext(ctx context.Context, off, length int64, punch bool) error
 	}
 
+	// Splicer is a backend that can take what a client wrote out of a pipe, of
+	// which pipe is the descriptor: it need not be copied to memory of ours then.
+	// CanSplice is asked each time. SpliceAt writes the length bytes that are in
+	// the pipe to off, and does not wait for anything slow (see above); after an
+	// error nobody knows which of them were written.
+	Splicer interface {
+		CanSplice() bool
+		SpliceAt(pipe int, off, length int64) error
+	}
+
 	// TrimmerContext is a backend that can be told that a range is not needed:
 	// NBD_CMD_TRIM.
 	TrimmerContext interface {
@@ -87,6 +97,7 @@ type store struct {
 	trim     TrimmerContext
 	prefetch Prefetcher
 	status   BlockStatuser
+	splicer  Splicer
 
 	fastZero FastZeroer // nil as well when it cannot
 
@@ -110,6 +121,7 @@ func newStore(b backend.Backend) (*store, error) {
 	s.zero, _ = b.(ZeroerContext)
 	s.trim, _ = b.(TrimmerContext)
 	s.prefetch, _ = b.(Prefetcher)
+	s.splicer, _ = b.(Splicer)
 	if f, is := b.(FastZeroer); is && s.zero != nil && f.CanFastZero() {
 		s.fastZero = f
 	}

@@ -26,7 +26,8 @@ type conn struct {
 	mode     replyMode
 	contexts []string
 
-	in *reader // the leader's
+	in   *reader   // the leader's
+	pipe pipeState // the leader's
 
 	// word tells leaders apart: it grows by one when the leader begins to run
 	// something, which makes it odd, and when that has ended. Whoever takes the
@@ -115,6 +116,7 @@ func (c *conn) abandon() {
 func (c *conn) finish() {
 	c.kill(io.EOF)
 	c.dropQueue()
+	c.pipe.close()
 	left := c.e.detach(c)
 	close(c.drained)
 	c.mu.Lock()

@@ -39,6 +39,12 @@ const (
 	firstSegment = 64 << 10 // memory for the payload of a WRITE at first
 	lastSegment  = 1 << 20  // and at most at once
 
+	pipePayload = 128 << 10             // from here on a payload goes through a pipe where that is possible
+	pipeSize    = 1 << 20               // of the pipe
+	pipePage    = 4 << 10               // no write of a part of a payload ends inside one
+	pipeStuck   = 10 * time.Millisecond // a write of a part that took longer keeps others waiting
+	pipeRest    = 64                    // payloads that go the ordinary way after such a one
+
 	holeSize      = 4 << 10 // smallest run of zeroes that a READ leaves out
 	maxReadChunks = 64      // of one READ
 

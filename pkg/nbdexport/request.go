@@ -241,6 +241,9 @@ func (r *request) skip(n int64) error {
 // receiveWrite reads the payload of a WRITE. Memory follows the bytes: each
 // segment is about as large as all that came before.
 func (r *request) receiveWrite(left int) error {
+	if r.c.mayPipe(left) {
+		return r.pipeWrite(left)
+	}
 	in, small := r.c.in, left < smallPayload
 	in.ahead = len(in.buf)
 	if !small {

@@ -12,7 +12,8 @@ type writer struct {
 	joined  []byte      // small slices put together, for an nc without vectors
 }
 
-// buffersWriter is a connection that takes many slices in one system call.
+// buffersWriter is a connection that takes many slices in one system call. If it
+// is a syscall.Conn as well, what it reads is what its socket reads.
 type buffersWriter interface {
 	// WriteBuffers writes v, with the contract of net.Buffers.WriteTo.
 	WriteBuffers(v *net.Buffers) (int64, error)

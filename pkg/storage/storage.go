@@ -54,6 +54,16 @@ type FastZeroer interface {
 	ZeroFastAt(off, length int64, punch bool) error
 }
 
+// Splicer is storage that can take data out of a pipe: what came from a socket
+// need not be copied to memory of ours for that (splice(2)).
+type Splicer interface {
+	// CanSplice says whether that saves anything.
+	CanSplice() bool
+	// SpliceAt is WriteAt with length bytes that are in the pipe, of which pipe
+	// is the descriptor. After an error some of them may be left there.
+	SpliceAt(pipe int, off, length int64) error
+}
+
 // Trimmer is storage that can be told that a range is not needed any more.
 type Trimmer interface {
 	// TrimAt gives back the space of [off, off+length) where it can; what the

@@ -23,6 +23,8 @@ type quick struct {
 	raw    syscall.RawConn
 	memory bool        // the file system has no device
 	never  atomic.Bool // the file system has said that it does not know RWF_NOWAIT
+
+	noSplice atomic.Bool // it has said that it takes nothing out of a pipe
 }
 
 func (q *quick) init(raw syscall.RawConn, regular bool) {
@@ -66,12 +68,15 @@ type quickOp struct {
 	n   int // bytes done
 	iov unix.Iovec
 
-	read, write func(fd uintptr)
+	pipe, length int // of splice
+	errno        syscall.Errno
+
+	read, write, splice func(fd uintptr)
 }
 
 var quickOps = sync.Pool{New: func() any {
 	op := new(quickOp)
-	op.read, op.write = op.doRead, op.doWrite
+	op.read, op.write, op.splice = op.doRead, op.doWrite, op.doSplice
 	return op
 }}
 
@@ -82,7 +87,7 @@ func newQuickOp(q *quick, p []byte, off int64) *quickOp {
 }
 
 func (op *quickOp) free() {
-	op.q, op.p, op.iov = nil, nil, unix.Iovec{}
+	op.q, op.p, op.iov, op.errno = nil, nil, unix.Iovec{}, 0
 	quickOps.Put(op)
 }
 

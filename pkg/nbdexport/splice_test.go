@@ -1,0 +1,342 @@
+//go:build linux
+
+package nbdexport
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// pipeDisk is a disk that takes payloads out of a pipe. part is called before each.
+type pipeDisk struct {
+	*disk
+
+	lock sync.Mutex
+	part func(off, length int64) error // guarded by lock; nil for nothing
+}
+
+// onPart has f called before each part from now on.
+func (d *pipeDisk) onPart(f func(off, length int64) error) {
+	d.lock.Lock()
+	defer d.lock.Unlock()
+	d.part = f
+}
+
+func (d *pipeDisk) CanSplice() bool { return true }
+
+func (d *pipeDisk) SpliceAt(pipe int, off, length int64) error {
+	if err := d.call("splice"); err != nil {
+		return err
+	}
+	d.lock.Lock()
+	part := d.part
+	d.lock.Unlock()
+	if part != nil {
+		if err := part(off, length); err != nil {
+			return err
+		}
+	}
+	d.memory.mu.Lock()
+	defer d.memory.mu.Unlock()
+	for b := d.b[off : off+length]; len(b) > 0; {
+		n, err := unix.Read(pipe, b)
+		if err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+func newPipeDisk(size int, part func(off, length int64) error) *pipeDisk {
+	return &pipeDisk{disk: newDisk(size), part: part}
+}
+
+func noise(n int) []byte {
+	b, r := make([]byte, n), rand.NewChaCha8([32]byte{})
+	_, _ = r.Read(b) // never fails
+	return b
+}
+
+// dialTCP serves d over TCP, too, and attaches there.
+func dialTCP(t *testing.T, s *Server, mode replyMode) *rawClient {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	go s.Serve(ln) // ends with the server, which the test looks after
+	nc, err := net.Dial("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	return newRawClient(t, nc).enter("", mode)
+}
+
+func TestLargePayloadsGoThroughThePipe(t *testing.T) {
+	const size = 8 * mib
+	eachMode(t, func(t *testing.T, mode replyMode) {
+		parts := 0
+		d := newPipeDisk(size, nil)
+		s, path := newTestServer(t, Options{}, Export{Backend: d})
+		want, r := make([]byte, size), rand.New(rand.NewPCG(1, uint64(mode)))
+		for i, c := range []*rawClient{dialRaw(t, path).enter("", mode), dialTCP(t, s, mode)} {
+			for n := range 15 {
+				length := 1 + r.IntN(2*mib)
+				if r.IntN(4) == 0 {
+					length = 1 + r.IntN(2*pipePage)
+				}
+				off := r.IntN(size - length)
+				if r.IntN(2) == 0 {
+					off &^= 4095
+				}
+				p := noise(length)
+				p[0], p[length-1] = byte(n), byte(i)
+				copy(want[off:], p)
+				begin, end := int64(off), int64(off+length)
+				d.onPart(func(off, length int64) error {
+					parts++
+					if off+length != end && (off+length)%pipePage != 0 {
+						return errors.New("a part ends inside a page")
+					}
+					if off < begin || off+length > end {
+						return errors.New("a part of something else")
+					}
+					return nil
+				})
+				c.write(uint64(off), p)
+			}
+			d.onPart(nil)
+			require.Greater(t, parts, 6*(i+1), "hardly anything went through the pipe")
+			got, e := c.read(0, 0, size)
+			require.Equal(t, ok, e)
+			require.True(t, bytes.Equal(want, got), "not what was written")
+		}
+	})
+}
+
+// A pipe takes so many pieces, however small, and a socket keeps those of a client
+// that sends byte by byte apart: nobody may wait for a socket that has more, with
+// a pipe that takes nothing more.
+func TestAPayloadThatComesByteByByte(t *testing.T) {
+	d := newPipeDisk(mib, nil)
+	_, path := newTestServer(t, Options{}, Export{Backend: d})
+	c := dialRaw(t, path).enter("", modeSimple)
+	want := noise(pipePayload)
+	c.request(cmdWrite, 0, 777, pipePayload)
+	for i := range want {
+		c.send(want[i : i+1])
+	}
+	require.Equal(t, ok, c.status(c.cookie))
+	got, e := c.read(0, 777, pipePayload)
+	require.Equal(t, ok, e)
+	require.True(t, bytes.Equal(want, got), "not what was written")
+}
+
+func TestAPayloadThatFailsInItsMiddle(t *testing.T) {
+	eachMode(t, func(t *testing.T, mode replyMode) {
+		second := make(chan struct{})
+		parts := 0
+		d := newPipeDisk(4*mib, nil)
+		d.onPart(func(int64, int64) error {
+			if parts++; parts == 1 {
+				close(second) // now the rest comes
+				return nil
+			}
+			return syscall.ENOSPC
+		})
+		_, path := newTestServer(t, Options{}, Export{Backend: d})
+		c := dialRaw(t, path).enter("", mode)
+		p := noise(2 * mib)
+		c.request(cmdWrite, 0, 0, uint64(len(p)), p[:64<<10])
+		<-second
+		c.send(p[64<<10:])
+		require.Equal(t, errNoSpace, c.status(c.cookie))
+		d.onPart(nil)
+		c.write(100, p) // in step, and nothing of the first is left in a pipe
+		got, e := c.read(0, 100, uint64(len(p)))
+		require.Equal(t, ok, e)
+		require.True(t, bytes.Equal(p, got), "not what was written")
+	})
+}
+
+func TestFUAOfAPayloadThroughThePipeIsASync(t *testing.T) {
+	d := newPipeDisk(mib, nil)
+	_, path := newTestServer(t, Options{}, Export{Backend: d})
+	c := dialRaw(t, path).enter("", modeSimple)
+	require.Equal(t, ok, c.do(cmdWrite, cmdFlagFUA, 0, mib, noise(mib)))
+	calls := d.called()
+	require.Equal(t, "splice", calls[0])
+	require.Equal(t, "sync", calls[len(calls)-1])
+}
+
+func TestReadOnlyTakesNoPayloadThroughThePipe(t *testing.T) {
+	d := newPipeDisk(mib, nil)
+	_, path := newTestServer(t, Options{}, Export{Backend: d, ReadOnly: true})
+	c := dialRaw(t, path).enter("", modeSimple)
+	require.Equal(t, errPerm, c.do(cmdWrite, 0, 0, mib, noise(mib)))
+	require.Empty(t, d.called())
+}
+
+// N7: no part of a write of a client that has gone comes after its successor has begun.
+func TestPartsOfADeadClientsWriteEndBeforeItsSuccessorBegins(t *testing.T) {
+	entered, gate := make(chan struct{}, 100), make(chan struct{})
+	d := newPipeDisk(2*mib, func(int64, int64) error {
+		entered <- struct{}{}
+		<-gate
+		return nil
+	})
+	_, path := newTestServer(t, Options{}, Export{Name: "disk", Backend: d})
+	old := dialRaw(t, path).enter("disk", modeSimple)
+	old.request(cmdWrite, 0, 0, 2*mib, noise(100<<10)) // and never the rest
+	<-entered
+	old.send(noise(100 << 10))
+	require.NoError(t, old.Close())
+
+	next := dialRaw(t, path)
+	next.greet(clientFixedNewstyle)
+	next.send(magicOption, optGo, uint32(len(infoData("disk"))), infoData("disk"))
+	require.NoError(t, next.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
+	_, err := next.Read(make([]byte, 1))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "attached although a write of the dead client runs")
+	require.NoError(t, next.SetReadDeadline(time.Now().Add(10*time.Second)))
+	close(gate)
+	next.replies(optGo)
+	require.Equal(t, []string{"splice"}, d.called(), "a part was written after the client had gone")
+}
+
+func TestClientsThatGoInAPayloadLeaveNoPipe(t *testing.T) {
+	left := make(chan struct{}, 1)
+	d := newPipeDisk(mib, nil)
+	_, path := newTestServer(t, Options{OnDisconnect: func(string, int) { left <- struct{}{} }}, Export{Backend: d})
+	before := openPipes(t)
+	for range 50 {
+		c := dialRaw(t, path).enter("", modeSimple)
+		c.write(0, noise(pipePayload))
+		c.request(cmdWrite, 0, 0, mib, noise(64<<10))
+		require.NoError(t, c.Close())
+		<-left
+	}
+	require.Equal(t, before, openPipes(t))
+}
+
+// openPipes is how many ends of pipes this process has.
+func openPipes(t *testing.T) (n int) {
+	fds, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	for _, fd := range fds {
+		if to, err := os.Readlink(filepath.Join("/proc/self/fd", fd.Name())); err == nil && len(to) > 4 && to[:4] == "pipe" {
+			n++
+		}
+	}
+	return n
+}
+
+func TestASlowBackendGetsPayloadsInOnePiece(t *testing.T) {
+	a, b, err := socketPair()
+	require.NoError(t, err)
+	defer a.Close()
+	defer b.Close()
+	d := newPipeDisk(mib, func(int64, int64) error { pass(2 * pipeStuck); return nil })
+	c := &conn{nc: a, store: &store{splicer: d}}
+	require.True(t, c.mayPipe(pipePayload))
+	defer c.pipe.close()
+	require.NoError(t, c.pipe.put(noise(1)))
+	require.NoError(t, (&request{c: c}).spliceOut(1))
+	for range pipeRest {
+		require.False(t, c.mayPipe(pipePayload))
+	}
+	require.True(t, c.mayPipe(pipePayload), "not tried again")
+
+	c.pace.workers = true
+	require.False(t, c.mayPipe(pipePayload), "a worker would write it while others are read")
+	c.pace.workers = false
+	require.False(t, c.mayPipe(pipePayload-1))
+	require.False(t, c.mayPipe(bigRequest))
+}
+
+// wrapped is a connection that changes what it reads, and is made of a socket.
+type wrapped struct{ *net.UnixConn }
+
+func (w wrapped) Read(p []byte) (int, error) {
+	n, err := w.UnixConn.Read(p)
+	for i := range p[:n] {
+		p[i] ^= 0xff
+	}
+	return n, err
+}
+
+func TestOnlyASocketItselfIsSpliced(t *testing.T) {
+	a, b, err := socketPair()
+	require.NoError(t, err)
+	defer a.Close()
+	defer b.Close()
+	p := newPipe(a)
+	require.NotNil(t, p)
+	p.close()
+	require.Nil(t, newPipe(wrapped{a}), "it would read past the wrapper")
+	client, server := net.Pipe()
+	defer client.Close()
+	require.Nil(t, newPipe(server))
+}
+
+func socketPair() (a, b *net.UnixConn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	conns := make([]*net.UnixConn, 2)
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socket")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			return nil, nil, err
+		}
+		conns[i] = c.(*net.UnixConn)
+	}
+	return conns[0], conns[1], nil
+}
+
+func BenchmarkPayloadThroughThePipe(b *testing.B) {
+	d := &quietPipeDisk{newMemory(mib)}
+	_, path := newTestServer(b, Options{}, Export{Backend: d})
+	c := dialRaw(b, path).enter("", modeSimple)
+	require.NoError(b, c.SetDeadline(noDeadline))
+	all := append(packRequest(modeSimple, cmdWrite, 0, 1, 0, mib), noise(mib)...)
+	reply := make([]byte, simpleReplyLen)
+	b.SetBytes(mib)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := c.Write(all); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, reply); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// quietPipeDisk is a pipeDisk that allocates nothing.
+type quietPipeDisk struct{ *memory }
+
+func (d *quietPipeDisk) CanSplice() bool { return true }
+
+func (d *quietPipeDisk) SpliceAt(pipe int, off, length int64) error {
+	for length > 0 {
+		n, err := unix.Read(pipe, d.b[off:off+length])
+		if err != nil {
+			return err
+		}
+		off += int64(n)
+		length -= int64(n)
+	}
+	return nil
+}
