@@ -39,11 +39,10 @@ const (
 	firstSegment = 64 << 10 // memory for the payload of a WRITE at first
 	lastSegment  = 1 << 20  // and at most at once
 
-	pipePayload = 128 << 10             // from here on a payload goes through a pipe where that is possible
-	pipeSize    = 1 << 20               // of the pipe
-	pipePage    = 4 << 10               // no write of a part of a payload ends inside one
-	pipeStuck   = 10 * time.Millisecond // a write of a part that took longer keeps others waiting
-	pipeRest    = 64                    // payloads that go the ordinary way after such a one
+	pipePayload = 128 << 10 // more than readBuffer; from here on a payload goes through a pipe where that is possible
+	pipeSize    = 256 << 10 // of the pipe, and the most that is in it
+	pipePage    = 4 << 10   // no write of a part of a payload ends inside one
+	pipeRest    = 64        // payloads that go the ordinary way after such a one
 
 	holeSize      = 4 << 10 // smallest run of zeroes that a READ leaves out
 	maxReadChunks = 64      // of one READ
@@ -61,6 +60,7 @@ const (
 const (
 	defaultMemoryBudget   = 256 << 20
 	defaultMaxConnections = 1024
+	defaultPipeStuck      = 10 * time.Millisecond // from then on a payload keeps others waiting
 )
 
 // stallLog is when a request that waits is worth a line in the log.

@@ -1,6 +1,7 @@
 package nbdexport
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -71,9 +72,20 @@ func newPipe(nc net.Conn) *pipe {
 	}
 	p := &pipe{r: fds[0], w: fds[1], socket: socket}
 	p.move = p.doMove
-	// Where that is not allowed it takes less at once.
-	_, _ = unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, pipeSize)
+	if !p.grow(pipeSize) {
+		p.close()
+		return nil
+	}
 	return p
+}
+
+// grow has the pipe take size bytes, and says whether it takes what the connection's
+// reader may have: of a user with many pipes it may be smaller than that. Less than
+// size is no harm.
+func (p *pipe) grow(size int) bool {
+	_, _ = unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, size)
+	got, err := unix.FcntlInt(uintptr(p.w), unix.F_GETPIPE_SZ, 0)
+	return err == nil && got >= readBuffer
 }
 
 func (p *pipe) close() { closeAll([]int{p.r, p.w}) }
@@ -94,7 +106,8 @@ func (p *pipe) put(b []byte) error {
 }
 
 // take takes up to n bytes off the socket, and says how many. Where none are there,
-// or the pipe is full, it waits for the socket if it is to, or takes none.
+// or the pipe is full, it waits for the socket if it is to, or takes none. Of a socket
+// that has no such thing the error is errors.ErrUnsupported, and none are taken.
 func (p *pipe) take(n int, wait bool) (int, error) {
 	p.want, p.wait, p.n, p.errno = min(n, pipeSize), wait, 0, 0
 	if err := p.socket.Read(p.move); err != nil {
@@ -103,6 +116,8 @@ func (p *pipe) take(n int, wait bool) (int, error) {
 	switch {
 	case p.errno == unix.EAGAIN:
 		return 0, nil
+	case p.errno == unix.EINVAL, p.errno == unix.ENOSYS, p.errno == unix.EOPNOTSUPP:
+		return 0, errors.ErrUnsupported
 	case p.errno != 0:
 		return 0, os.NewSyscallError("splice", p.errno)
 	case p.n == 0:
@@ -129,6 +144,14 @@ func (p *pipe) doMove(fd uintptr) (done bool) {
 // room for so many pieces, however small they are.
 func (p *pipe) pack(n int) error {
 	b := p.page[:n]
+	if err := p.get(b); err != nil {
+		return err
+	}
+	return p.put(b)
+}
+
+// get fills b from the pipe, which has that much.
+func (p *pipe) get(b []byte) error {
 	for len(b) > 0 {
 		m, err := unix.Read(p.r, b)
 		if err == unix.EINTR {
@@ -139,5 +162,5 @@ func (p *pipe) pack(n int) error {
 		}
 		b = b[m:]
 	}
-	return p.put(p.page[:n])
+	return nil
 }

@@ -16,3 +16,4 @@ func (*pipe) close()                      {}
 func (*pipe) put([]byte) error            { return errors.ErrUnsupported }
 func (*pipe) take(int, bool) (int, error) { return 0, errors.ErrUnsupported }
 func (*pipe) pack(int) error              { return errors.ErrUnsupported }
+func (*pipe) get([]byte) error            { return errors.ErrUnsupported }

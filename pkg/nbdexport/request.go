@@ -244,6 +244,11 @@ func (r *request) receiveWrite(left int) error {
 	if r.c.mayPipe(left) {
 		return r.pipeWrite(left)
 	}
+	return r.receiveSegments(left)
+}
+
+// receiveSegments is receiveWrite into memory, of what comes next.
+func (r *request) receiveSegments(left int) error {
 	in, small := r.c.in, left < smallPayload
 	in.ahead = len(in.buf)
 	if !small {

@@ -41,6 +41,8 @@ type Options struct {
 	// is also called for one that left while its handshake ended, of which
 	// OnConnect was not told. It must not block, and not call back into the Server.
 	OnDisconnect func(export string, left int)
+
+	pipeStuck time.Duration // a payload that takes longer to write goes through no pipe; 0 means defaultPipeStuck
 }
 
 // Errors that end a connection or a Serve.
@@ -87,6 +89,7 @@ func NewServer(o Options) *Server {
 	}
 	s.budget.limit = max(cmp.Or(o.MemoryBudget, defaultMemoryBudget), maxPayload)
 	s.waiting.limit = s.budget.limit
+	s.o.pipeStuck = cmp.Or(o.pipeStuck, defaultPipeStuck)
 	s.o.MaxConnections = cmp.Or(o.MaxConnections, defaultMaxConnections)
 	return s
 }

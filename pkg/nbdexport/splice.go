@@ -1,8 +1,6 @@
 package nbdexport
 
-import (
-	"time"
-)
+import "time"
 
 // pipeState is what a connection has for payloads that go from the socket to the
 // backend through a pipe, in the kernel, so that they are never copied to memory of
@@ -51,47 +49,59 @@ func (r *request) pipeWrite(left int) error {
 	}
 	in.r += held
 	left -= held
-	for {
-		n := 0
-		if left > 0 {
-			var err error
-			if n, err = p.take(left, false); err != nil {
-				return err
-			}
-			held += n
-			left -= n
-			if n > 0 && left > 0 {
-				continue
-			}
+	wait, spent := false, time.Duration(0)
+	for left > 0 {
+		n, err := p.take(min(left, pipeSize-held), wait)
+		if isUnsupported(err) && held <= len(in.buf) {
+			p.never = true
+			return r.unpipe(held, left)
+		}
+		if err != nil {
+			return err
+		}
+		held += n
+		left -= n
+		if wait = false; n > 0 && left > 0 && held < pipeSize {
+			continue
 		}
 		whole := held
 		if left > 0 {
 			whole = r.wholePages(held)
 		}
-		if err := r.spliceOut(whole); err != nil {
+		took, err := r.spliceOut(whole)
+		if err != nil {
 			return err
 		}
 		if r.err != ok {
 			p.close() // with what is left in it
 			return in.skip(int64(left))
 		}
-		if held -= whole; left == 0 {
-			return nil
+		held -= whole
+		if spent += took; spent > r.c.s.o.pipeStuck {
+			p.rest = pipeRest
+			return r.unpipe(held, left)
 		}
-		if whole > 0 {
+		if whole > 0 || left == 0 {
 			continue
 		}
 		// Of bytes that came one by one a pipe does not take many.
 		if err := p.pack(held); err != nil {
 			return err
 		}
-		n, err := p.take(left, true)
-		if err != nil {
-			return err
-		}
-		held += n
-		left -= n
+		wait = true
 	}
+	return nil
+}
+
+// unpipe has the rest of a payload received the ordinary way: held bytes that are in
+// the pipe, and left that are not.
+func (r *request) unpipe(held, left int) error {
+	in := r.c.in
+	in.r, in.w = 0, held // all that was read ahead is in the pipe
+	if err := r.c.pipe.get(in.buf[:held]); err != nil {
+		return err
+	}
+	return r.receiveSegments(held + left)
 }
 
 // wholePages is how much of the next n bytes to be written ends at a page.
@@ -99,19 +109,16 @@ func (r *request) wholePages(n int) int {
 	return max(0, n-int((r.off+r.written+uint64(n))%pipePage))
 }
 
-// spliceOut writes the next n bytes, which are in the pipe.
-func (r *request) spliceOut(n int) error {
+// spliceOut writes the next n bytes, which are in the pipe, and says how long that took.
+func (r *request) spliceOut(n int) (time.Duration, error) {
 	if n == 0 {
-		return nil
+		return 0, nil
 	}
 	if r.c.dead.Load() { // a write of a client that has gone must not go on
-		return errHungUp
+		return 0, errHungUp
 	}
 	began := time.Now()
 	r.fail(r.c.store.splicer.SpliceAt(r.c.pipe.r, int64(r.off+r.written), int64(n)))
-	if time.Since(began) > pipeStuck {
-		r.c.pipe.rest = pipeRest
-	}
 	r.written += uint64(n)
-	return nil
+	return time.Since(began), nil
 }

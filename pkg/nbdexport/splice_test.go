@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -85,7 +86,7 @@ func TestLargePayloadsGoThroughThePipe(t *testing.T) {
 	eachMode(t, func(t *testing.T, mode replyMode) {
 		parts := 0
 		d := newPipeDisk(size, nil)
-		s, path := newTestServer(t, Options{}, Export{Backend: d})
+		s, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Backend: d})
 		want, r := make([]byte, size), rand.New(rand.NewPCG(1, uint64(mode)))
 		for i, c := range []*rawClient{dialRaw(t, path).enter("", mode), dialTCP(t, s, mode)} {
 			for n := range 15 {
@@ -127,7 +128,7 @@ func TestLargePayloadsGoThroughThePipe(t *testing.T) {
 // a pipe that takes nothing more.
 func TestAPayloadThatComesByteByByte(t *testing.T) {
 	d := newPipeDisk(mib, nil)
-	_, path := newTestServer(t, Options{}, Export{Backend: d})
+	_, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Backend: d})
 	c := dialRaw(t, path).enter("", modeSimple)
 	want := noise(pipePayload)
 	c.request(cmdWrite, 0, 777, pipePayload)
@@ -152,7 +153,7 @@ func TestAPayloadThatFailsInItsMiddle(t *testing.T) {
 			}
 			return syscall.ENOSPC
 		})
-		_, path := newTestServer(t, Options{}, Export{Backend: d})
+		_, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Backend: d})
 		c := dialRaw(t, path).enter("", mode)
 		p := noise(2 * mib)
 		c.request(cmdWrite, 0, 0, uint64(len(p)), p[:64<<10])
@@ -169,7 +170,7 @@ func TestAPayloadThatFailsInItsMiddle(t *testing.T) {
 
 func TestFUAOfAPayloadThroughThePipeIsASync(t *testing.T) {
 	d := newPipeDisk(mib, nil)
-	_, path := newTestServer(t, Options{}, Export{Backend: d})
+	_, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Backend: d})
 	c := dialRaw(t, path).enter("", modeSimple)
 	require.Equal(t, ok, c.do(cmdWrite, cmdFlagFUA, 0, mib, noise(mib)))
 	calls := d.called()
@@ -179,7 +180,7 @@ func TestFUAOfAPayloadThroughThePipeIsASync(t *testing.T) {
 
 func TestReadOnlyTakesNoPayloadThroughThePipe(t *testing.T) {
 	d := newPipeDisk(mib, nil)
-	_, path := newTestServer(t, Options{}, Export{Backend: d, ReadOnly: true})
+	_, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Backend: d, ReadOnly: true})
 	c := dialRaw(t, path).enter("", modeSimple)
 	require.Equal(t, errPerm, c.do(cmdWrite, 0, 0, mib, noise(mib)))
 	require.Empty(t, d.called())
@@ -193,7 +194,7 @@ func TestPartsOfADeadClientsWriteEndBeforeItsSuccessorBegins(t *testing.T) {
 		<-gate
 		return nil
 	})
-	_, path := newTestServer(t, Options{}, Export{Name: "disk", Backend: d})
+	_, path := newTestServer(t, Options{pipeStuck: time.Hour}, Export{Name: "disk", Backend: d})
 	old := dialRaw(t, path).enter("disk", modeSimple)
 	old.request(cmdWrite, 0, 0, 2*mib, noise(100<<10)) // and never the rest
 	<-entered
@@ -215,7 +216,7 @@ func TestPartsOfADeadClientsWriteEndBeforeItsSuccessorBegins(t *testing.T) {
 func TestClientsThatGoInAPayloadLeaveNoPipe(t *testing.T) {
 	left := make(chan struct{}, 1)
 	d := newPipeDisk(mib, nil)
-	_, path := newTestServer(t, Options{OnDisconnect: func(string, int) { left <- struct{}{} }}, Export{Backend: d})
+	_, path := newTestServer(t, Options{pipeStuck: time.Hour, OnDisconnect: func(string, int) { left <- struct{}{} }}, Export{Backend: d})
 	before := openPipes(t)
 	for range 50 {
 		c := dialRaw(t, path).enter("", modeSimple)
@@ -239,17 +240,52 @@ func openPipes(t *testing.T) (n int) {
 	return n
 }
 
-func TestASlowBackendGetsPayloadsInOnePiece(t *testing.T) {
-	a, b, err := socketPair()
+// payloadConn is a connection of which a test is the leader, and its client, which
+// has sent p; ahead bytes of that were read ahead.
+func payloadConn(t *testing.T, o Options, d *pipeDisk, p []byte, ahead int) (*conn, *net.UnixConn) {
+	server, client, err := socketPair()
 	require.NoError(t, err)
-	defer a.Close()
-	defer b.Close()
-	d := newPipeDisk(mib, func(int64, int64) error { pass(2 * pipeStuck); return nil })
-	c := &conn{nc: a, store: &store{splicer: d}}
+	c := &conn{s: NewServer(o), nc: server, store: &store{splicer: d}, in: newReader(server, readBuffer)}
+	t.Cleanup(func() {
+		c.pipe.close()
+		server.Close()
+		client.Close()
+	})
+	_, err = client.Write(p)
+	require.NoError(t, err)
+	require.NoError(t, c.in.fill(ahead))
 	require.True(t, c.mayPipe(pipePayload))
-	defer c.pipe.close()
-	require.NoError(t, c.pipe.put(noise(1)))
-	require.NoError(t, (&request{c: c}).spliceOut(1))
+	return c, client
+}
+
+// wantPayload wants p to be written to the start of d, or to be in memory and next.
+func (r *request) wantPayload(t *testing.T, d *pipeDisk, p []byte) {
+	got := slices.Clone(d.b[:r.written])
+	for _, s := range r.segments {
+		got = append(got, s.buf.b[:s.n]...)
+	}
+	require.True(t, bytes.Equal(p, got), "%d bytes of %d, or not what was sent", len(got), len(p))
+	r.dropData()
+}
+
+func TestASlowBackendGetsPayloadsInOnePiece(t *testing.T) {
+	p, sent := noise(pipePayload+777), 99_999
+	d := newPipeDisk(mib, nil)
+	c, client := payloadConn(t, Options{}, d, p[:sent], 10_000)
+	parts := 0
+	d.onPart(func(int64, int64) error {
+		if parts++; parts == 1 {
+			pass(2 * defaultPipeStuck)
+			_, err := client.Write(p[sent:])
+			require.NoError(t, err)
+		}
+		return nil
+	})
+	r := &request{c: c}
+	require.NoError(t, r.pipeWrite(len(p)))
+	require.Equal(t, 1, parts, "the rest of the payload went on so")
+	require.NotEmpty(t, r.segments)
+	r.wantPayload(t, d, p)
 	for range pipeRest {
 		require.False(t, c.mayPipe(pipePayload))
 	}
@@ -260,6 +296,48 @@ func TestASlowBackendGetsPayloadsInOnePiece(t *testing.T) {
 	c.pace.workers = false
 	require.False(t, c.mayPipe(pipePayload-1))
 	require.False(t, c.mayPipe(bigRequest))
+}
+
+func TestASocketWithoutSpliceIsReadTheOrdinaryWay(t *testing.T) {
+	p := noise(pipePayload)
+	for _, ahead := range []int{0, 5000} {
+		d := newPipeDisk(mib, nil)
+		c, _ := payloadConn(t, Options{pipeStuck: time.Hour}, d, p, ahead)
+		null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		require.NoError(t, err)
+		defer null.Close()
+		require.NoError(t, c.pipe.put(c.in.buf[:c.in.w])) // what null would take
+		w := c.pipe.w
+		c.pipe.w = int(null.Fd()) // no pipe: EINVAL, as of a socket that has no splice
+		r := &request{c: c}
+		require.NoError(t, r.pipeWrite(len(p)))
+		c.pipe.w = w
+		require.Empty(t, d.called())
+		r.wantPayload(t, d, p)
+		require.False(t, c.mayPipe(pipePayload), "tried again")
+	}
+}
+
+func TestNoMoreIsInThePipeThanItsSize(t *testing.T) {
+	p := noise(pipePayload)
+	longest := int64(0)
+	d := newPipeDisk(4*mib, func(_, length int64) error { longest = max(longest, length); return nil })
+	c, client := payloadConn(t, Options{pipeStuck: time.Hour}, d, p, 100)
+	sent := make(chan error, 1)
+	go func() {
+		for range 23 {
+			if _, err := client.Write(p); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- nil
+	}()
+	r := &request{c: c}
+	require.NoError(t, r.pipeWrite(24*len(p)))
+	require.NoError(t, <-sent)
+	r.wantPayload(t, d, bytes.Repeat(p, 24))
+	require.LessOrEqual(t, longest, int64(pipeSize))
 }
 
 // wrapped is a connection that changes what it reads, and is made of a socket.
@@ -280,6 +358,8 @@ func TestOnlyASocketItselfIsSpliced(t *testing.T) {
 	defer b.Close()
 	p := newPipe(a)
 	require.NotNil(t, p)
+	require.True(t, p.grow(readBuffer))
+	require.False(t, p.grow(readBuffer/2), "what was read ahead does not fit")
 	p.close()
 	require.Nil(t, newPipe(wrapped{a}), "it would read past the wrapper")
 	client, server := net.Pipe()

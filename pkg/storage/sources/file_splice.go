@@ -55,8 +55,8 @@ func (q *quick) splice(pipe int, off, length int64) (int64, error) {
 	op := newQuickOp(q, nil, off)
 	defer op.free()
 	op.pipe, op.length = pipe, int(min(length, maxQuick))
-	if err := q.raw.Control(op.splice); err != nil {
-		return 0, err
+	if q.raw.Control(op.splice) != nil {
+		return 0, ErrClosed
 	}
 	if op.errno != 0 {
 		return 0, op.errno
