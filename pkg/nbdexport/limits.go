@@ -40,7 +40,7 @@ const (
 	lastSegment  = 1 << 20  // and at most at once
 
 	pipePayload = 128 << 10 // more than readBuffer; from here on a payload goes through a pipe where that is possible
-	pipeSize    = 256 << 10 // of the pipe, and the most that is in it
+	pipeSize    = 256 << 10 // of the pipe, and the most that is in it: so many firstSegments
 	pipePage    = 4 << 10   // no write of a part of a payload ends inside one
 	pipeRest    = 64        // payloads that go the ordinary way after such a one
 

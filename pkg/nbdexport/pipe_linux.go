@@ -109,7 +109,10 @@ func (p *pipe) put(b []byte) error {
 // or the pipe is full, it waits for the socket if it is to, or takes none. Of a socket
 // that has no such thing the error is errors.ErrUnsupported, and none are taken.
 func (p *pipe) take(n int, wait bool) (int, error) {
-	p.want, p.wait, p.n, p.errno = min(n, pipeSize), wait, 0, 0
+	if n == 0 {
+		return 0, nil
+	}
+	p.want, p.wait, p.n, p.errno = n, wait, 0, 0
 	if err := p.socket.Read(p.move); err != nil {
 		return 0, err
 	}

@@ -241,7 +241,7 @@ func (r *request) skip(n int64) error {
 // receiveWrite reads the payload of a WRITE. Memory follows the bytes: each
 // segment is about as large as all that came before.
 func (r *request) receiveWrite(left int) error {
-	if r.c.mayPipe(left) {
+	if r.c.mayPipe(left) && r.tryCharge(firstSegment) {
 		return r.pipeWrite(left)
 	}
 	return r.receiveSegments(left)

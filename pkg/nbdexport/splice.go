@@ -39,7 +39,8 @@ func (c *conn) mayPipe(n int) bool {
 	return !c.pipe.never
 }
 
-// pipeWrite writes the payload of a WRITE while it is received. left is its length.
+// pipeWrite writes the payload of a WRITE while it is received. left is its length,
+// of which firstSegment is charged.
 func (r *request) pipeWrite(left int) error {
 	p, in := &r.c.pipe, r.c.in
 	in.ahead = smallAhead
@@ -51,7 +52,7 @@ func (r *request) pipeWrite(left int) error {
 	left -= held
 	wait, spent := false, time.Duration(0)
 	for left > 0 {
-		n, err := p.take(min(left, pipeSize-held), wait)
+		n, err := p.take(min(left, r.pipeRoom(held)), wait)
 		if isUnsupported(err) && held <= len(in.buf) {
 			p.never = true
 			return r.unpipe(held, left)
@@ -61,7 +62,7 @@ func (r *request) pipeWrite(left int) error {
 		}
 		held += n
 		left -= n
-		if wait = false; n > 0 && left > 0 && held < pipeSize {
+		if wait = false; n > 0 && left > 0 && r.pipeRoom(held) > 0 {
 			continue
 		}
 		whole := held
@@ -74,6 +75,7 @@ func (r *request) pipeWrite(left int) error {
 		}
 		if r.err != ok {
 			p.close() // with what is left in it
+			r.dropData()
 			return in.skip(int64(left))
 		}
 		held -= whole
@@ -90,7 +92,17 @@ func (r *request) pipeWrite(left int) error {
 		}
 		wait = true
 	}
+	r.dropData() // of a pipe that is empty: the reply may wait for the client
 	return nil
+}
+
+// pipeRoom is how much more may be in the pipe, which has held bytes. What is charged
+// follows the bytes; where there is no more of it, parts are smaller.
+func (r *request) pipeRoom(held int) int {
+	if int64(held) == r.charged && held < pipeSize {
+		r.tryCharge(firstSegment)
+	}
+	return int(r.charged) - held
 }
 
 // unpipe has the rest of a payload received the ordinary way: held bytes that are in
@@ -101,6 +113,7 @@ func (r *request) unpipe(held, left int) error {
 	if err := r.c.pipe.get(in.buf[:held]); err != nil {
 		return err
 	}
+	r.dropData() // of the pipe, which is empty
 	return r.receiveSegments(held + left)
 }
 

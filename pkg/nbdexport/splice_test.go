@@ -5,6 +5,7 @@ package nbdexport
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -204,13 +205,7 @@ func TestPartsOfADeadClientsWriteEndBeforeItsSuccessorBegins(t *testing.T) {
 	old.send(noise(100 << 10))
 	require.NoError(t, old.Close())
 
-	next := dialRaw(t, path)
-	next.greet(clientFixedNewstyle)
-	next.send(magicOption, optGo, uint32(len(infoData("disk"))), infoData("disk"))
-	require.NoError(t, next.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
-	_, err := next.Read(make([]byte, 1))
-	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "attached although a write of the dead client runs")
-	require.NoError(t, next.SetReadDeadline(time.Now().Add(10*time.Second)))
+	next := dialSuccessor(t, path)
 	close(gate)
 	next.replies(optGo)
 	require.Equal(t, []string{"splice"}, d.called(), "a part was written after the client had gone")
@@ -263,10 +258,12 @@ func payloadConn(t *testing.T, o Options, d *pipeDisk, p []byte, ahead int) (*co
 
 // wantPayload wants p to be written to the start of d, or to be in memory and next.
 func (r *request) wantPayload(t *testing.T, d *pipeDisk, p []byte) {
-	got := slices.Clone(d.b[:r.written])
+	got, charged := slices.Clone(d.b[:r.written]), int64(0)
 	for _, s := range r.segments {
 		got = append(got, s.buf.b[:s.n]...)
+		charged += int64(bufferSize(s.n))
 	}
+	require.Equal(t, charged, r.charged)
 	require.True(t, bytes.Equal(p, got), "%d bytes of %d, or not what was sent", len(got), len(p))
 	r.dropData()
 }
@@ -285,7 +282,7 @@ func TestASlowBackendGetsPayloadsInOnePiece(t *testing.T) {
 		return nil
 	})
 	r := &request{c: c}
-	require.NoError(t, r.pipeWrite(len(p)))
+	require.NoError(t, r.receiveWrite(len(p)))
 	require.Equal(t, 1, parts, "the rest of the payload went on so")
 	require.NotEmpty(t, r.segments)
 	r.wantPayload(t, d, p)
@@ -313,7 +310,7 @@ func TestASocketWithoutSpliceIsReadTheOrdinaryWay(t *testing.T) {
 		w := c.pipe.w
 		c.pipe.w = int(null.Fd()) // no pipe: EINVAL, as of a socket that has no splice
 		r := &request{c: c}
-		require.NoError(t, r.pipeWrite(len(p)))
+		require.NoError(t, r.receiveWrite(len(p)))
 		c.pipe.w = w
 		require.Empty(t, d.called())
 		r.wantPayload(t, d, p)
@@ -321,26 +318,62 @@ func TestASocketWithoutSpliceIsReadTheOrdinaryWay(t *testing.T) {
 	}
 }
 
-func TestNoMoreIsInThePipeThanItsSize(t *testing.T) {
-	p := noise(pipePayload)
-	longest := int64(0)
-	d := newPipeDisk(4*mib, func(_, length int64) error { longest = max(longest, length); return nil })
-	c, client := payloadConn(t, Options{pipeStuck: time.Hour}, d, p, 100)
-	sent := make(chan error, 1)
-	go func() {
-		for range 23 {
-			if _, err := client.Write(p); err != nil {
+// P1: memory of the kernel's is memory of ours.
+func TestWhatIsInThePipeIsCharged(t *testing.T) {
+	const size = 24 * pipePayload
+	for name, c := range map[string]struct{ taken, most int64 }{
+		"all is free":           {0, pipeSize},
+		"two segments are free": {defaultMemoryBudget - 2*firstSegment, 2 * firstSegment},
+		"nothing is free":       {defaultMemoryBudget, firstSegment},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d, p := newPipeDisk(size, nil), noise(size)
+			conn, client := payloadConn(t, Options{pipeStuck: time.Hour}, d, p[:pipePayload], readBuffer)
+			budget, r, longest := &conn.s.budget, &request{c: conn}, int64(0)
+			require.True(t, budget.try(c.taken))
+			d.onPart(func(_, length int64) error {
+				longest = max(longest, length)
+				if held := inPipe(t, conn.pipe.r); held > r.charged || r.charged > c.most {
+					return fmt.Errorf("%d bytes in the pipe, %d charged", held, r.charged)
+				}
+				return nil
+			})
+			sent := make(chan error, 1)
+			go func() {
+				_, err := client.Write(p[pipePayload:])
 				sent <- err
-				return
-			}
-		}
-		sent <- nil
-	}()
-	r := &request{c: c}
-	require.NoError(t, r.pipeWrite(24*len(p)))
-	require.NoError(t, <-sent)
-	r.wantPayload(t, d, bytes.Repeat(p, 24))
-	require.LessOrEqual(t, longest, int64(pipeSize))
+			}()
+			require.NoError(t, r.receiveWrite(size))
+			require.NoError(t, <-sent)
+			require.Equal(t, ok, r.err)
+			require.Equal(t, c.taken, budget.used.Load(), "not given back")
+			require.False(t, conn.allowance.Load())
+			require.LessOrEqual(t, longest, c.most)
+			r.wantPayload(t, d, p)
+		})
+	}
+}
+
+// inPipe is how many bytes are in a pipe.
+func inPipe(t *testing.T, fd int) int64 {
+	n, err := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	require.NoError(t, err)
+	return int64(n)
+}
+
+func TestWithoutMemoryForThePipeAPayloadWaits(t *testing.T) {
+	d, p := newPipeDisk(mib, nil), noise(pipePayload)
+	c, _ := payloadConn(t, Options{}, d, p, 100)
+	require.True(t, c.s.budget.try(defaultMemoryBudget))
+	c.allowance.Store(true)
+	r, done := &request{c: c}, make(chan error, 1)
+	go func() { done <- r.receiveWrite(len(p)) }()
+	require.Eventually(t, func() bool { return c.s.budget.queue.Load() == 1 }, 10*time.Second, time.Millisecond)
+	c.s.budget.release(defaultMemoryBudget)
+	require.NoError(t, <-done)
+	require.Empty(t, d.called())
+	r.wantPayload(t, d, p)
+	require.Zero(t, c.s.budget.used.Load())
 }
 
 // wrapped is a connection that changes what it reads, and is made of a socket.

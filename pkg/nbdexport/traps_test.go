@@ -295,6 +295,18 @@ func TestFlushAndFUAReachTheBackend(t *testing.T) {
 	})
 }
 
+// dialSuccessor asks for the export "disk" and is kept waiting for the answer.
+func dialSuccessor(t *testing.T, path string) *rawClient {
+	next := dialRaw(t, path)
+	next.greet(clientFixedNewstyle)
+	next.send(magicOption, optGo, uint32(len(infoData("disk"))), infoData("disk"))
+	require.NoError(t, next.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
+	_, err := next.Read(make([]byte, 1))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "attached although a write of the dead client runs")
+	require.NoError(t, next.SetReadDeadline(time.Now().Add(10*time.Second)))
+	return next
+}
+
 // N7
 func TestWritesOfADeadClientEndBeforeItsSuccessorBegins(t *testing.T) {
 	d := newDisk(mib)
@@ -309,14 +321,7 @@ func TestWritesOfADeadClientEndBeforeItsSuccessorBegins(t *testing.T) {
 	<-d.entered
 	require.NoError(t, old.Close())
 
-	next := dialRaw(t, path)
-	next.greet(clientFixedNewstyle)
-	next.send(magicOption, optGo, uint32(len(infoData("disk"))), infoData("disk"))
-	require.NoError(t, next.SetReadDeadline(time.Now().Add(50*time.Millisecond)))
-	_, err := next.Read(make([]byte, 1))
-	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "attached although a write of the dead client runs")
-	require.NoError(t, next.SetReadDeadline(time.Now().Add(10*time.Second)))
-
+	next := dialSuccessor(t, path)
 	d.mu.Lock()
 	d.gate = nil
 	d.mu.Unlock()
