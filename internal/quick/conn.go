@@ -13,7 +13,9 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -34,11 +36,15 @@ type socket interface {
 	CloseWrite() error
 }
 
-// Conn is a stream socket with quick Read and Write. All else, deadlines and
-// Close too, is the socket's own.
+// Conn is a stream socket with quick Read and Write. All else is the socket's own.
 type Conn struct {
 	socket
 	raw syscall.RawConn
+	at  atomic.Pointer[place] // nil, or what has taken the socket's place
+
+	mu sync.Mutex // held while the socket is replaced, closed, or has its deadlines set
+	// Guarded by mu:
+	readBy, writeBy time.Time // its deadlines
 }
 
 // New makes a TCP or unix stream connection quick, and returns others as they
@@ -68,7 +74,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 	op := newOp()
 	defer op.free()
 	op.b = b[:min(len(b), maxCall)]
-	if err := op.result(c, "read", c.raw.Read(op.read)); err != nil {
+	if err := op.result(c, "read", c.waits().Read(op.read)); err != nil {
 		return 0, err
 	}
 	if op.n == 0 {
@@ -82,7 +88,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 	op := newOp()
 	defer op.free()
 	op.b = b
-	err := op.result(c, "write", c.raw.Write(op.write))
+	err := op.result(c, "write", c.waits().Write(op.write))
 	return op.n, err
 }
 
@@ -92,7 +98,7 @@ func (c *Conn) WriteBuffers(v *net.Buffers) (int64, error) {
 	op := newOp()
 	defer op.free()
 	op.v = v
-	err := op.result(c, "writev", c.raw.Write(op.writev))
+	err := op.result(c, "writev", c.waits().Write(op.writev))
 	return int64(op.n), err
 }
 

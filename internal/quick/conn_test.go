@@ -15,24 +15,36 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pairs runs f with both ends of a TCP and of a unix connection: a quick one,
-// and the standard library's.
+// pairs runs f with both ends of a TCP and of a unix connection: a quick one, also
+// if that is waited for in place, and the standard library's.
 func pairs(t *testing.T, f func(t *testing.T, c *Conn, peer net.Conn)) {
-	for network, address := range map[string]string{"tcp": "127.0.0.1:0", "unix": filepath.Join(t.TempDir(), "s")} {
+	for _, network := range []string{"tcp", "unix"} {
 		t.Run(network, func(t *testing.T) {
-			ln, err := net.Listen(network, address)
-			require.NoError(t, err)
-			defer ln.Close()
-			peer, err := net.Dial(network, ln.Addr().String())
-			require.NoError(t, err)
-			accepted, err := ln.Accept()
-			require.NoError(t, err)
-			c := New(accepted).(*Conn)
-			t.Cleanup(func() { _ = c.Close(); _ = peer.Close() })
-			require.Equal(t, accepted, c.NetConn())
+			c, peer := pair(t, network)
 			f(t, c, peer)
 		})
+		t.Run(network+" in place", func(t *testing.T) {
+			f(inPlace(t, network))
+		})
 	}
+}
+
+func pair(t *testing.T, network string) (*Conn, net.Conn) {
+	address := "127.0.0.1:0"
+	if network == "unix" {
+		address = filepath.Join(t.TempDir(), "s")
+	}
+	ln, err := net.Listen(network, address)
+	require.NoError(t, err)
+	defer ln.Close()
+	peer, err := net.Dial(network, ln.Addr().String())
+	require.NoError(t, err)
+	accepted, err := ln.Accept()
+	require.NoError(t, err)
+	c := New(accepted).(*Conn)
+	t.Cleanup(func() { _ = c.Close(); _ = peer.Close() })
+	require.Equal(t, accepted, c.NetConn())
+	return c, peer
 }
 
 func TestOtherConnectionsStayAsTheyAre(t *testing.T) {

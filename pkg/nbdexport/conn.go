@@ -70,6 +70,10 @@ type conn struct {
 	out writer // of whoever set writing
 }
 
+// placeWaiter is a connection that may be waited for in place, and not with the
+// runtime's poller, which costs less while much arrives.
+type placeWaiter interface{ WaitInPlace() }
+
 func newConn(h *handshake, e *export) *conn {
 	c := &conn{
 		s: h.s, e: e, store: e.store, raw: h.raw, nc: h.nc, in: h.in, mode: h.mode,
@@ -93,6 +97,9 @@ func (c *conn) serve() {
 		c.stop()
 	}
 	c.in.grow(readBuffer)
+	if nc, is := c.nc.(placeWaiter); is {
+		nc.WaitInPlace()
+	}
 	c.watch = time.AfterFunc(time.Hour, c.tick)
 	c.watch.Stop()
 	c.wg.Go(c.workLoop)
