@@ -63,7 +63,8 @@ func New(c net.Conn) net.Conn {
 	return &Conn{socket: s, raw: raw}
 }
 
-// NetConn returns the socket, as that of *tls.Conn does.
+// NetConn returns the socket, as that of *tls.Conn does. Once the connection is waited
+// for in place it is closed, and of no use.
 func (c *Conn) NetConn() net.Conn { return c.socket }
 
 // Read implements net.Conn.

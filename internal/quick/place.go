@@ -34,13 +34,21 @@ type side struct {
 	mu     sync.Mutex   // held by the call under way
 	until  atomic.Int64 // its deadline in nanoseconds since began; 0 for none
 	events int16
+
+	yielded time.Duration // since began; guarded by mu
 }
 
 // look is how often a deadline is looked at once one has been changed, which is at
 // the end of a connection's life.
 const look = 10 * time.Millisecond
 
-// began is what deadlines are counted from: the clock on the wall may be set back.
+// yieldAfter is how long who waits again and again keeps a processor to himself.
+const yieldAfter = time.Millisecond
+
+// never is a deadline so far away that none is further.
+const never = 100 * 365 * 24 * time.Hour
+
+// began is what times are counted from: the clock on the wall may be set back.
 var began = time.Now()
 
 // newPlace takes over both descriptors. The socket never blocks.
@@ -81,9 +89,20 @@ func (p *place) do(s *side, f func(fd uintptr) bool) error {
 		case f(uintptr(p.fd)):
 			return nil
 		}
+		s.yield()
 		if err := p.wait(s); err != nil {
 			return os.NewSyscallError("poll", err)
 		}
+	}
+}
+
+// yield lets others run now and then. The scheduler does not see that a processor
+// whose owner is in a system call most of the time, but never for long, has others
+// waiting for it.
+func (s *side) yield() {
+	if now := time.Since(began); now-s.yielded > yieldAfter {
+		s.yielded = now
+		runtime.Gosched()
 	}
 }
 
@@ -109,7 +128,7 @@ func (s *side) late() bool {
 func (p *place) setDeadline(s *side, t time.Time) error {
 	at := int64(0)
 	if !t.IsZero() {
-		at = max(1, int64(t.Sub(began)))
+		at = max(1, int64(time.Since(began)+min(time.Until(t), never)))
 	}
 	if !p.enter() {
 		return net.ErrClosed
@@ -172,7 +191,8 @@ func (p *place) endLocked() {
 }
 
 // places is how many there are. Each may keep a processor of the scheduler for some
-// milliseconds while it waits, so one is left for all else.
+// milliseconds while it waits for something to be read, so one is left for all else,
+// unless peers do not take what is written either.
 var places atomic.Int32
 
 func takePlace() bool {

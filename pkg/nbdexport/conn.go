@@ -123,7 +123,6 @@ func (c *conn) abandon() {
 func (c *conn) finish() {
 	c.kill(io.EOF)
 	c.dropQueue()
-	c.pipe.close()
 	left := c.e.detach(c)
 	close(c.drained)
 	c.mu.Lock()
@@ -220,6 +219,7 @@ func (c *conn) tick() {
 // stopReading is the end of the last leader: the client said goodbye (nil), or
 // err is what became of it.
 func (c *conn) stopReading(err error) bool {
+	c.pipe.close() // with what is left of a payload, which is not charged any more
 	c.mu.Lock()
 	c.ended = true
 	stopped := c.stopping && errors.Is(err, os.ErrDeadlineExceeded)

@@ -107,7 +107,8 @@ func (p *pipe) put(b []byte) error {
 
 // take takes up to n bytes off the socket, and says how many. Where none are there,
 // or the pipe is full, it waits for the socket if it is to, or takes none. Of a socket
-// that has no such thing the error is errors.ErrUnsupported, and none are taken.
+// that has no such thing, or is at urgent data, which splice does not get past, the error
+// is errors.ErrUnsupported, and none are taken.
 func (p *pipe) take(n int, wait bool) (int, error) {
 	if n == 0 {
 		return 0, nil
@@ -131,16 +132,32 @@ func (p *pipe) take(n int, wait bool) (int, error) {
 
 // doMove is one call, which does not block.
 func (p *pipe) doMove(fd uintptr) (done bool) {
-	for {
+	for inVain := 0; ; {
 		n, _, errno := syscall.RawSyscall6(unix.SYS_SPLICE, fd, 0, uintptr(p.w), 0, uintptr(p.want), unix.SPLICE_F_NONBLOCK)
-		if errno == unix.EINTR {
+		switch {
+		case errno == unix.EINTR:
 			continue
+		case errno == unix.EAGAIN && p.wait:
+			if !readable(fd) {
+				return false
+			}
+			if inVain++; inVain < 3 { // it may have come just now
+				continue
+			}
+			errno = unix.EOPNOTSUPP
 		}
 		if p.errno = errno; errno == 0 {
 			p.n = int(n)
 		}
-		return errno != unix.EAGAIN || !p.wait
+		return true
 	}
+}
+
+// readable says that a socket has something to be read.
+func readable(fd uintptr) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0
 }
 
 // pack puts the n bytes in the pipe, less than a page, side by side. A pipe has

@@ -305,6 +305,14 @@ func (r *request) tryCharge(n int64) bool {
 	return false
 }
 
+// keep gives back what is charged beyond n bytes.
+func (r *request) keep(n int64) {
+	if r.from != nil && r.charged > n {
+		r.from.release(r.charged - n)
+		r.charged = n
+	}
+}
+
 // charge takes n bytes of the budget and waits for them.
 func (r *request) charge(n int64) error {
 	if r.tryCharge(n) {

@@ -90,6 +90,7 @@ func (r *request) pipeWrite(left int) error {
 		if err := p.pack(held); err != nil {
 			return err
 		}
+		r.keep(firstSegment) // who sends no more must not hold more
 		wait = true
 	}
 	r.dropData() // of a pipe that is empty: the reply may wait for the client

@@ -243,17 +243,23 @@ func openPipes(t *testing.T) (n int) {
 func payloadConn(t *testing.T, o Options, d *pipeDisk, p []byte, ahead int) (*conn, *net.UnixConn) {
 	server, client, err := socketPair()
 	require.NoError(t, err)
+	c := pipeConn(t, o, d, server, client)
+	_, err = client.Write(p)
+	require.NoError(t, err)
+	require.NoError(t, c.in.fill(ahead))
+	return c, client
+}
+
+// pipeConn is server of a connection of which a test is the leader.
+func pipeConn(t *testing.T, o Options, d *pipeDisk, server, client net.Conn) *conn {
 	c := &conn{s: NewServer(o), nc: server, store: &store{splicer: d}, in: newReader(server, readBuffer)}
 	t.Cleanup(func() {
 		c.pipe.close()
 		server.Close()
 		client.Close()
 	})
-	_, err = client.Write(p)
-	require.NoError(t, err)
-	require.NoError(t, c.in.fill(ahead))
 	require.True(t, c.mayPipe(pipePayload))
-	return c, client
+	return c
 }
 
 // wantPayload wants p to be written to the start of d, or to be in memory and next.
@@ -316,6 +322,64 @@ func TestASocketWithoutSpliceIsReadTheOrdinaryWay(t *testing.T) {
 		r.wantPayload(t, d, p)
 		require.False(t, c.mayPipe(pipePayload), "tried again")
 	}
+}
+
+// splice(2) does not get past urgent data, and the socket says all the time that
+// there is something to be read.
+func TestUrgentDataHoldsNoPayloadUp(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	require.NoError(t, err)
+	server, err := ln.Accept()
+	require.NoError(t, err)
+	d, p := newPipeDisk(mib, nil), noise(pipePayload)
+	c := pipeConn(t, Options{pipeStuck: time.Hour}, d, server, client)
+
+	_, err = client.Write(p[:5000])
+	require.NoError(t, err)
+	require.NoError(t, c.in.fill(5000))
+	raw, err := client.(*net.TCPConn).SyscallConn()
+	require.NoError(t, err)
+	require.NoError(t, raw.Control(func(fd uintptr) { err = unix.Sendto(int(fd), []byte("!"), unix.MSG_OOB, nil) }))
+	require.NoError(t, err)
+	_, err = client.Write(p[5000:6000])
+	require.NoError(t, err)
+	received := make(chan error, 1)
+	r := &request{c: c}
+	go func() { received <- r.receiveWrite(len(p)) }()
+	require.Eventually(t, func() bool { // it is read, whatever comes after it
+		n := 0
+		raw, err := server.(*net.TCPConn).SyscallConn()
+		require.NoError(t, err)
+		require.NoError(t, raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }))
+		require.NoError(t, err)
+		return n == 0
+	}, 10*time.Second, time.Millisecond)
+	_, err = client.Write(p[6000:])
+	require.NoError(t, err)
+	require.NoError(t, <-received)
+	r.wantPayload(t, d, p)
+	require.False(t, c.mayPipe(pipePayload))
+}
+
+// Who is waited for holds no more memory than he uses.
+func TestWhoSendsNoMoreHoldsLittle(t *testing.T) {
+	p, sent := noise(mib), pipeSize+1000
+	d := newPipeDisk(mib, nil)
+	c, client := payloadConn(t, Options{pipeStuck: time.Hour}, d, p[:pipePayload], readBuffer)
+	received := make(chan error, 1)
+	r := &request{c: c}
+	go func() { received <- r.receiveWrite(len(p)) }()
+	_, err := client.Write(p[pipePayload:sent])
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return c.s.budget.used.Load() == firstSegment && len(d.called()) > 0 }, 10*time.Second, time.Millisecond)
+	_, err = client.Write(p[sent:])
+	require.NoError(t, err)
+	require.NoError(t, <-received)
+	require.Zero(t, c.s.budget.used.Load())
+	r.wantPayload(t, d, p)
 }
 
 // P1: memory of the kernel's is memory of ours.
