@@ -1,0 +1,148 @@
+package sources
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Stamp tells, without reading the disk, which file or device it is and
+// whether it has been written. It is comparable and may be kept as JSON. A field
+// that is zero is not known.
+type Stamp struct {
+	Size uint64 `json:"size"` // bytes
+	// Dev is the number of the file system that a file lies on, or of the block
+	// device itself. It may change when the host restarts.
+	Dev   uint64 `json:"dev,omitempty"`
+	Block bool   `json:"block,omitempty"` // it is a block device
+
+	// Of a regular file, times in nanoseconds since 1970; the two last ones also
+	// of the file behind a loop device.
+	Inode      uint64 `json:"inode,omitempty"`
+	Fickle     bool   `json:"fickle,omitempty"` // the file system numbers inodes anew at each mount
+	Birth      int64  `json:"birth,omitempty"`
+	ModTime    int64  `json:"modtime,omitempty"`
+	ChangeTime int64  `json:"changetime,omitempty"`
+
+	// Of a block device.
+	WWID     string `json:"wwid,omitempty"` // of the disk, also of a partition's
+	DMUUID   string `json:"dmuuid,omitempty"`
+	PartUUID string `json:"partuuid,omitempty"`
+	DiskSeq  uint64 `json:"diskseq,omitempty"` // new for each device that appears, within one boot
+	Written  uint64 `json:"written,omitempty"` // sectors written or discarded since it appeared
+
+	// BootID is the boot in which the stamp was taken. It is empty for a block
+	// device of which the kernel does not count what is written.
+	BootID string `json:"bootid,omitempty"`
+}
+
+// Stamp takes the stamp of the file or device that is open, whatever its path
+// leads to by now. What others have written to a block device and the kernel has
+// not yet passed on is written first, since it is not counted before.
+func (f *File) Stamp() (Stamp, error) {
+	if f.closed.Load() {
+		return Stamp{}, fmt.Errorf("%s: look at it: %w", f.path, ErrClosed)
+	}
+	s, err := f.stamp()
+	if err != nil {
+		return Stamp{}, fmt.Errorf("%s: look at it: %w", f.path, errno(err))
+	}
+	return s, nil
+}
+
+func (f *File) stamp() (s Stamp, err error) {
+	if f.block != nil {
+		return f.block.stamp(f)
+	}
+	var st unix.Statx_t
+	var fs unix.Statfs_t
+	err = control(f.raw, func(fd int) error {
+		if err := unix.Fstatfs(fd, &fs); err != nil {
+			return err
+		}
+		return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st)
+	})
+	if err != nil {
+		return s, err
+	}
+	s = Stamp{
+		Size: st.Size, Dev: unix.Mkdev(st.Dev_major, st.Dev_minor),
+		Inode: st.Ino, Fickle: fickle(int64(fs.Type)),
+		ModTime: nanoseconds(st.Mtime), ChangeTime: nanoseconds(st.Ctime),
+	}
+	if st.Mask&unix.STATX_BTIME != 0 && !s.Fickle {
+		s.Birth = nanoseconds(st.Btime)
+	}
+	s.BootID, err = bootID()
+	return s, err
+}
+
+// fickle reports whether a type of file system has no inode numbers of its own.
+func fickle(magic int64) bool {
+	const exfat, cifs, smb2 = 0x2011bab0, 0xff534d42, 0xfe534d42
+	switch magic {
+	case unix.FUSE_SUPER_MAGIC, unix.MSDOS_SUPER_MAGIC, unix.V9FS_MAGIC, exfat, cifs, smb2:
+		return true
+	}
+	return false
+}
+
+func nanoseconds(t unix.StatxTimestamp) int64 { return t.Sec*int64(time.Second) + int64(t.Nsec) }
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
+
+// SameDisk reports whether s and o name the same file or device, written or not;
+// known is false when that cannot be told from them.
+func (s Stamp) SameDisk(o Stamp) (same, known bool) {
+	switch {
+	case s.Block != o.Block, s.Size != o.Size:
+		return false, true
+	case s.Block:
+		return s.sameDevice(o)
+	case s.Inode == 0 || o.Inode == 0:
+		return false, false
+	case s.Inode != o.Inode:
+		return false, !s.Fickle && !o.Fickle
+	case differ(s.Birth, o.Birth): // the number was given again
+		return false, true
+	}
+	return s.Dev == o.Dev, s.Dev == o.Dev
+}
+
+func (s Stamp) sameDevice(o Stamp) (same, known bool) {
+	switch {
+	case differ(s.WWID, o.WWID), differ(s.DMUUID, o.DMUUID), differ(s.PartUUID, o.PartUUID):
+		return false, true
+	case s.BootID != "" && s.BootID == o.BootID && s.DiskSeq != 0 && s.DiskSeq == o.DiskSeq && s.Dev == o.Dev:
+		return true, true
+	case s.DMUUID != "" && s.DMUUID == o.DMUUID:
+		return true, true
+	case s.WWID != "" && s.WWID == o.WWID && s.PartUUID == o.PartUUID:
+		return true, true
+	}
+	return false, false // a partition's UUID alone is copied with its disk
+}
+
+// differ reports whether both are known and not the same.
+func differ[T comparable](a, b T) bool {
+	var unknown T
+	return a != unknown && b != unknown && a != b
+}
+
+// Unchanged reports whether s and o prove that they are of the same disk, and
+// that it was not written between them. A file must be closed or flushed by all
+// who write it for that to hold over a power cut; of a block device there is no
+// proof over a restart of the host. Not proved does not mean changed.
+func (s Stamp) Unchanged(o Stamp) bool {
+	if s.Block {
+		return s == o && s.BootID != ""
+	}
+	o.BootID = s.BootID
+	return s == o && s.Inode != 0 && s.ChangeTime != 0
+}
