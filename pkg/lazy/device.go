@@ -63,7 +63,8 @@ type Device struct {
 	flush   *flusher
 	saver   saver   // touched by holders of the flusher's turns only
 	capture capture // what the next flush may log
-	mapped  bool    // there was a map in Options
+	mapped  bool    // there was a map in Options that was not complete
+	epoch   deviceEpochs
 
 	isLive    atomic.Bool
 	live      chan struct{} // closed by enterLive
@@ -119,6 +120,7 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 	d.waits.init(d.state.blocks, o.BlockSize)
 	d.knownZero.Store(o.KnownZero)
 	d.capture.spoil() // until there is a log
+	d.epoch.init(o.Map)
 	if o.Map != nil {
 		if err := d.adopt(o.Map, o); err != nil {
 			return nil, err
@@ -193,16 +195,21 @@ func (d *Device) GoLive() error {
 			return err
 		}
 	}
-	d.enterLive()
+	if d.enterLive() && !d.mapped {
+		d.epoch.step()
+	}
 	return nil
 }
 
-func (d *Device) enterLive() {
+// enterLive reports whether the device was not live before.
+func (d *Device) enterLive() bool {
 	d.sealMu.Lock()
 	defer d.sealMu.Unlock()
-	if !d.isLive.Swap(true) {
-		close(d.live)
+	if d.isLive.Swap(true) {
+		return false
 	}
+	close(d.live)
+	return true
 }
 
 // Live returns a channel that is closed once the device is live.

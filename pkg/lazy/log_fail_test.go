@@ -305,7 +305,7 @@ func TestLogBytes(t *testing.T) {
 	if got := hex.EncodeToString(rec[recordLen+1024 : 0x460]); got != want {
 		t.Errorf("ranges %s, want %s", got, want)
 	}
-	h := header{seq: 1, state: MapLive, id: testID, log: testLog, flags: flagLog}
+	h := header{version: 2, seq: 1, state: MapLive, id: testID, log: testLog, flags: flagLog}
 	slot := h.encode()
 	if got, err := decodeSlot(slot); err != nil || got != h || hex.EncodeToString(slot[4088:4092]) != "00000100" {
 		t.Errorf("%+v, %v", got, err)

@@ -82,7 +82,7 @@ const maxReserve = 16 << 20
 // newMap writes a map to an empty file, with a log of so many bytes, or none.
 func newMap(file mapFile, id Identity, log int64) (*Map, error) {
 	m := &Map{file: file, fresh: true}
-	m.head = header{seq: 1, state: MapStandby, id: id, log: log}
+	m.head = header{version: mapVersion, seq: 1, state: MapStandby, id: id, log: log, epoch: newEpochs()}
 	if log > 0 {
 		m.head.flags |= flagLog
 	}
@@ -256,18 +256,21 @@ func (m *Map) header() header {
 	return m.head
 }
 
-// update makes a change of the header durable. One at a time.
+// update makes a change of the header durable, with all that was written to the
+// map before. One at a time.
 //
 // The slots are written one after the other with a sync between them, so that
 // one of them is always whole. The second is made durable by the next sync,
 // whatever it is for; and since the next update begins with that slot, the one
-// that is known to be durable is overwritten last.
+// that is known to be durable is overwritten last. For the same reason an update
+// that finds no room has changed nothing, and may be tried again.
 func (m *Map) update(change func(h *header)) error {
 	old := m.header()
 	h := old
 	if change(&h); h == old {
 		return nil
 	}
+	h.version = mapVersion
 	h.seq++
 	slot := h.encode()
 	if err := writeFull(m.file, slot, slotSize*int64(h.seq&1)); err != nil {
@@ -279,9 +282,9 @@ func (m *Map) update(change func(h *header)) error {
 	m.mu.Lock()
 	m.head = h
 	m.mu.Unlock()
-	if err := writeFull(m.file, slot, slotSize*int64(1-h.seq&1)); err != nil {
+	if err := writeFull(m.file, slot, slotSize*int64(1-h.seq&1)); err != nil && !noRoom(err) {
 		return m.error("write the header of", err)
-	}
+	} // without room the other copy is the one that counts: the next update begins with this one
 	return nil
 }
 

@@ -126,13 +126,12 @@ func (l layout) putMask(b []byte, lo, block int64, words []uint64) {
 	binary.LittleEndian.PutUint64(at, binary.LittleEndian.Uint64(at)|words[0]<<(first%64))
 }
 
-// forget clears the fetched bits of the blocks in spans, and makes that durable.
-// It needs no flush of the disk, since it changes nothing else: it works on the
-// pages as they are in the file.
-func (m *Map) forget(spans []span) error {
+// forget clears the fetched bits of the blocks in spans, and makes that durable
+// together with a change of the header. It needs no flush of the disk, since it
+// changes nothing else: it works on the pages as they are in the file.
+func (m *Map) forget(spans []span, change func(h *header)) error {
 	spans = merged(spans)
 	b := make([]byte, pageSize)
-	wrote := false
 	for page, i := int64(0), 0; i < len(spans); page++ {
 		page = max(page, spans[i].lo/pageBits)
 		off := m.layout.page(page)
@@ -159,15 +158,8 @@ func (m *Map) forget(spans []span) error {
 		if err := writeFull(m.file, b, off); err != nil {
 			return m.error("write", err)
 		}
-		wrote = true
 	}
-	if !wrote {
-		return nil
-	}
-	if err := m.file.Sync(); err != nil {
-		return m.error("sync", err)
-	}
-	return nil
+	return m.update(change)
 }
 
 // merged sorts spans, and joins those that touch.

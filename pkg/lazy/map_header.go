@@ -8,7 +8,7 @@ import (
 )
 
 const (
-	mapVersion = 1
+	mapVersion = 2 // 1 has no epoch; it is read, and becomes 2 when a device has the map
 	mapMagic   = "silo-map"
 
 	slotSize   = 4096         // bytes of one of the two copies of the header
@@ -16,7 +16,9 @@ const (
 	crcAt      = slotSize - 4 // in a slot
 	nameAt     = 80           // in a slot: u16 length, then the name
 	logAt      = crcAt - 4    // in a slot
-	maxMapName = logAt - nameAt - 2
+	epochAt    = 2048         // in a slot
+	maxMapName = epochAt - nameAt - 2
+	maxOldName = logAt - nameAt - 2 // in a header of version 1
 
 	flagRevocable = 1 << 0 // all that was written here is known, also in fetched blocks
 	flagLog       = 1 << 1 // the map has a log
@@ -63,18 +65,20 @@ type Identity struct {
 
 // header is what a slot holds. docs/MAP.md has its bytes.
 type header struct {
-	seq   uint64
-	flags uint32
-	state MapState
-	id    Identity
-	log   int64 // size of the log, in bytes; 0: none
+	version uint32
+	seq     uint64
+	flags   uint32
+	state   MapState
+	id      Identity
+	log     int64 // size of the log, in bytes; 0: none
+	epoch   epochs
 }
 
 // encode returns the slot.
 func (h header) encode() []byte {
 	b := make([]byte, 0, slotSize)
 	b = append(b, mapMagic...)
-	b = binary.LittleEndian.AppendUint32(b, mapVersion)
+	b = binary.LittleEndian.AppendUint32(b, h.version)
 	b = binary.LittleEndian.AppendUint32(b, h.flags)
 	b = binary.LittleEndian.AppendUint64(b, h.seq)
 	b = binary.LittleEndian.AppendUint64(b, uint64(h.id.Size))
@@ -85,6 +89,10 @@ func (h header) encode() []byte {
 	b = binary.LittleEndian.AppendUint64(b, h.id.Generation)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(h.id.Name)))
 	b = append(b, h.id.Name...)
+	if h.version > 1 {
+		b = append(b, zeroes[:epochAt-len(b)]...)
+		b = h.epoch.append(b)
+	}
 	b = append(b, zeroes[:logAt-len(b)]...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(h.log))
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
@@ -101,8 +109,8 @@ func decodeSlot(b []byte) (h header, err error) {
 		return h, fmt.Errorf("%w: its header has a wrong checksum", ErrMapDamaged)
 	}
 	le := binary.LittleEndian
-	if v := le.Uint32(b[8:]); v != mapVersion {
-		return h, fmt.Errorf("%w: it has version %d, and this program knows version %d", ErrMapNewer, v, mapVersion)
+	if h.version = le.Uint32(b[8:]); h.version == 0 || h.version > mapVersion {
+		return h, fmt.Errorf("%w: it has version %d, and this program knows versions up to %d", ErrMapNewer, h.version, mapVersion)
 	}
 	h.flags = le.Uint32(b[12:])
 	h.seq = le.Uint64(b[16:])
@@ -113,8 +121,14 @@ func decodeSlot(b []byte) (h header, err error) {
 	copy(h.id.Source[:], b[56:])
 	h.id.Generation = le.Uint64(b[72:])
 	h.log = int64(le.Uint32(b[logAt:]))
+	if h.version > 1 {
+		h.epoch = decodeEpochs(b[epochAt:])
+	}
 	name := int64(le.Uint16(b[nameAt:]))
 	switch {
+	case h.version == 1 && name > maxMapName && name <= maxOldName:
+		return h, fmt.Errorf("the map of a disk with a name of %d bytes, of which version %d holds %d: finish with the program that made it, or remove it and begin anew",
+			name, mapVersion, maxMapName)
 	case name > maxMapName:
 		return h, fmt.Errorf("%w: a name of %d bytes", ErrMapDamaged, name)
 	case h.flags&^(flagRevocable|flagLog) != 0:
@@ -165,7 +179,7 @@ func decodeHeader(slots [2][]byte) (h header, stale int64, err error) {
 		switch {
 		case hs[0] == hs[1]:
 			return hs[0], -1, nil
-		case hs[0].id != hs[1].id || hs[0].log != hs[1].log || hs[0].seq == hs[1].seq:
+		case !hs[0].sameDevice(hs[1]) || hs[0].seq == hs[1].seq:
 			return h, 0, fmt.Errorf("%w: its two headers contradict each other", ErrMapDamaged)
 		case hs[0].seq > hs[1].seq:
 			return hs[0], 1, nil
@@ -179,6 +193,12 @@ func decodeHeader(slots [2][]byte) (h header, stale int64, err error) {
 		return h, 0, errs[1]
 	}
 	return h, 0, errs[0]
+}
+
+// sameDevice reports whether two headers can be those of one map. What the source
+// is and how it calls its disk may change.
+func (h header) sameDevice(o header) bool {
+	return h.id.Size == o.id.Size && h.id.BlockSize == o.id.BlockSize && h.id.Device == o.id.Device && h.log == o.log
 }
 
 // layout is where the regions of a map lie. docs/MAP.md has it, too.

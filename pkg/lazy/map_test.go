@@ -44,13 +44,16 @@ func useMap(t *testing.T, m *Map, o Options, f func(d *Device)) {
 
 // The bytes of docs/MAP.md.
 func TestMapHeaderBytes(t *testing.T) {
-	h := header{seq: 7, flags: flagRevocable, state: MapLive, id: testID}
+	h := header{version: 2, seq: 7, flags: flagRevocable, state: MapLive, id: testID, epoch: epochs{now: 3, before: 4, steps: 5, beforesSteps: 6}}
 	b := h.encode()
-	want := "73696c6f2d6d6170" + "01000000" + "01000000" + "0700000000000000" + // magic, version, flags, sequence
+	want := "73696c6f2d6d6170" + "02000000" + "01000000" + "0700000000000000" + // magic, version, flags, sequence
 		"bc82020000000000" + "00100000" + "02000000" + // size, block size, state
 		"01000000000000000000000000000000" + "02030000000000000000000000000000" + "0900000000000000"
 	if got := hex.EncodeToString(b[:80]); got != want || len(b) != slotSize {
 		t.Errorf("%d bytes, %s, want %s", len(b), got, want)
+	}
+	if got := hex.EncodeToString(b[2048:2072]); got != "0300000000000000"+"0400000000000000"+"05000000"+"06000000" {
+		t.Errorf("epoch %s", got)
 	}
 	if got, err := decodeSlot(b); err != nil || got != h {
 		t.Errorf("%+v, %v", got, err)

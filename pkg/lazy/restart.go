@@ -23,9 +23,6 @@ func (d *Device) Restart(source UUID, generation uint64) error {
 		if m == nil {
 			return nil
 		}
-		if err := m.forget([]span{all}); err != nil {
-			return err
-		}
-		return m.update(func(h *header) { h.id.Source, h.id.Generation = source, generation })
+		return m.forget([]span{all}, func(h *header) { h.id.Source, h.id.Generation = source, generation })
 	})
 }

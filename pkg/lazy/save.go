@@ -136,6 +136,9 @@ func (d *Device) adopt(m *Map, o Options) error {
 		if o.Revocable {
 			h.flags |= flagRevocable
 		}
+		if h.epoch == (epochs{}) { // of a map of version 1
+			h.epoch = newEpochs()
+		}
 	})
 	if err == nil && m.log != nil {
 		err = d.replay(m)
@@ -151,7 +154,12 @@ func (s *saver) goLive() error {
 	if s.m == nil {
 		return nil
 	}
-	return s.m.update(func(h *header) { h.state = max(h.state, MapLive) })
+	return s.m.update(func(h *header) {
+		if h.state < MapLive {
+			h.state = MapLive
+			h.epoch.step()
+		}
+	})
 }
 
 // finish makes it durable that the device is complete, which its disk has to be,
@@ -186,14 +194,18 @@ func (d *Device) finish() error {
 // forget makes it durable that the blocks of spans were taken back. Until then
 // nothing that comes for them may be laid over their durable contents.
 func (d *Device) forget(spans []span) error {
-	if !d.mapped || len(spans) == 0 {
+	if len(spans) == 0 {
+		return nil
+	}
+	if !d.mapped {
+		d.epoch.step()
 		return nil
 	}
 	return d.flush.alone(d, func() error {
 		if d.saver.m == nil {
 			return nil
 		}
-		return d.saver.m.forget(spans)
+		return d.saver.m.forget(spans, func(h *header) { h.epoch.step() })
 	})
 }
 
