@@ -131,15 +131,12 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 		c.log.Warn("--force-reclaim: the disks are served here again, as they were when they were handed off: the destination must not use them any more")
 	}
 	for i, s := range specs {
-		owner, err := ledger.Owner(i)
-		if err != nil {
-			return l, err
-		}
+		owner, _ := ledger.Owner(s.Name)
 		id, err := ledger.Identity(i)
 		if err != nil {
 			return l, err
 		}
-		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner})
+		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner.Device})
 		if err != nil {
 			return l, err
 		}

@@ -37,6 +37,7 @@ type Live struct {
 	disks []LiveDisk
 	// Guarded by mu:
 	states []state
+	staged map[string]migrate.Owner // by Prepare
 
 	crashed   []string
 	ended     []string
@@ -132,23 +133,40 @@ func (l *Live) Identity(i int) (migrate.Identity, error) {
 	return l.states[i].identity()
 }
 
-// Owner is the destination's device that the i-th disk was handed off to.
-func (l *Live) Owner(i int) (owner migrate.Device, err error) {
+// Owner implements migrate.Ledger.
+func (l *Live) Owner(disk string) (owner migrate.Owner, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	h := l.states[i].Handoff
-	if h == nil {
-		return owner, nil
+	for i, d := range l.disks {
+		h := l.states[i].Handoff
+		if d.Name != disk || h == nil {
+			continue
+		}
+		raw, err := hex.DecodeString(h.Owner)
+		if err == nil && len(raw) == len(owner.Device) {
+			owner.Device = migrate.Device(raw)
+		}
+		return owner, true
 	}
-	raw, err := hex.DecodeString(h.Owner)
-	if err != nil || len(raw) != len(owner) {
-		return owner, fmt.Errorf("%s: owner %q: want 32 hexadecimal digits", l.disks[i].Path, h.Owner)
-	}
-	return migrate.Device(raw), nil
+	return owner, false
+}
+
+// Peer implements migrate.Ledger.
+func (l *Live) Peer(disk string) (migrate.Owner, bool) { return l.Owner(disk) }
+
+// Confirm implements migrate.Ledger.
+func (l *Live) Confirm(string, migrate.Owner) error { return nil }
+
+// Prepare implements migrate.Ledger.
+func (l *Live) Prepare(to map[string]migrate.Owner) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.staged = to
+	return nil
 }
 
 // HandOff implements migrate.Ledger.
-func (l *Live) HandOff(to map[string]migrate.Device) error {
+func (l *Live) HandOff() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	id := newUUID()
@@ -157,7 +175,7 @@ func (l *Live) HandOff(to map[string]migrate.Device) error {
 		all = append(all, s.UUID)
 	}
 	for i, d := range l.disks {
-		owner := to[d.Name]
+		owner := l.staged[d.Name].Device
 		l.states[i].Handoff = &handoff{ID: id, Disks: all, Owner: hex.EncodeToString(owner[:])}
 	}
 	return l.saveLocked()
@@ -172,6 +190,12 @@ func (l *Live) TakeBack() error {
 	}
 	return l.saveLocked()
 }
+
+// Taken implements migrate.Ledger.
+func (l *Live) Taken() error { return nil }
+
+// Complete implements migrate.Ledger.
+func (l *Live) Complete() error { return nil }
 
 // Close notes that nobody writes the disks any more.
 func (l *Live) Close() error {

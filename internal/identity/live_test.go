@@ -55,18 +55,24 @@ func TestLiveDiskHasANewGenerationEachTime(t *testing.T) {
 	require.Equal(t, third.Generation+1, frozen.Generation, "what was copied of a live disk has changed since")
 }
 
+func handOff(t *testing.T, l *Live) {
+	t.Helper()
+	require.NoError(t, l.Prepare(map[string]migrate.Owner{"a": {Device: migrate.Device{1}}, "b": {Device: migrate.Device{2}}}))
+	require.NoError(t, l.HandOff())
+}
+
 func TestHandedOffDisksStayHandedOff(t *testing.T) {
 	disks := liveDisks(t)
 	l, first := open(t, disks, false)
-	require.NoError(t, l.HandOff(map[string]migrate.Device{"a": {1}, "b": {2}}))
+	handOff(t, l)
 	require.NoError(t, l.Close())
 	l, again := open(t, disks, false)
 	require.True(t, l.HandedOff())
 	require.Equal(t, first, again)
-	owner, err := l.Owner(1)
-	require.NoError(t, err)
-	require.Equal(t, migrate.Device{2}, owner)
-	_, err = OpenLive(disks[1:], false)
+	owner, ok := l.Owner("b")
+	require.True(t, ok)
+	require.Equal(t, migrate.Owner{Device: migrate.Device{2}}, owner)
+	_, err := OpenLive(disks[1:], false)
 	require.ErrorContains(t, err, "give all of them")
 	_, err = Of(disks[1].Disk, disks[1].Path)
 	require.ErrorIs(t, err, ErrHandedOff)
@@ -82,13 +88,13 @@ func TestHalfAHandoffIsNone(t *testing.T) {
 	l, first := open(t, disks, false)
 	before, err := os.ReadFile(disks[1].Path)
 	require.NoError(t, err)
-	require.NoError(t, l.HandOff(map[string]migrate.Device{"a": {1}, "b": {2}}))
+	handOff(t, l)
 	require.NoError(t, os.WriteFile(disks[1].Path, before, 0o600))
 	l, again := open(t, disks, false)
 	require.False(t, l.HandedOff())
 	require.Greater(t, again.Generation, first.Generation)
 
-	require.NoError(t, l.HandOff(map[string]migrate.Device{"a": {1}, "b": {2}}))
+	handOff(t, l)
 	require.NoError(t, l.TakeBack())
 	l, _ = open(t, disks, false)
 	require.False(t, l.HandedOff())

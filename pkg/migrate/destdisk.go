@@ -176,6 +176,8 @@ type arrivals struct {
 	disk *destDisk
 	from *protocol.FromProtocol
 	gone <-chan struct{} // closed when the connection has ended
+
+	epoch wire.Epoch // of the device, on this connection; zero for a plain source
 }
 
 // WriteAt lays down data that came. An error is answered, and the source sends

@@ -67,7 +67,10 @@ func (s *destSession) accept(di *protocol.DevInfo, from *protocol.FromProtocol) 
 	if err != nil {
 		return nil, err
 	}
-	if !stillWritten(di) { // and will not be: it was handed off, if need be to us
+	if err := a.beginEpoch(di); err != nil {
+		return nil, err
+	}
+	if !awaitsPostLock(di) {
 		if err := disk.goLive("nobody writes the source's disk any more"); err != nil {
 			return nil, &localError{err}
 		}

@@ -61,7 +61,7 @@ type request struct {
 
 func newHand(l Ledger, auto, committed bool) *hand {
 	if l == nil {
-		l = noLedger{}
+		l = new(noLedger)
 	}
 	return &hand{ledger: l, auto: auto, committed: committed, kick: make(chan struct{}, 1), taken: make(chan struct{})}
 }
@@ -210,7 +210,7 @@ func (h *hand) begin(ctx context.Context) (*request, context.Context, context.Ca
 }
 
 // commit is the point of no return: what drops the request later is too late.
-func (h *hand) commit(r *request, to map[string]Device) error {
+func (h *hand) commit(r *request) error {
 	h.mu.Lock()
 	if r.gone != nil {
 		h.mu.Unlock()
@@ -218,7 +218,7 @@ func (h *hand) commit(r *request, to map[string]Device) error {
 	}
 	h.committed = true
 	h.mu.Unlock()
-	err := h.ledger.HandOff(to)
+	err := h.ledger.HandOff()
 	if err == nil {
 		return nil
 	}
@@ -261,7 +261,7 @@ func (l *liveSession) handOff(session context.Context) (done bool, err error) {
 	defer cancel(nil)
 	held, err := l.lock(ctx)
 	if err == nil {
-		err = h.commit(r, l.owners())
+		err = h.commit(r)
 	}
 	var fatal *FatalError
 	switch {
@@ -337,7 +337,13 @@ func (l *liveSession) prepare(ctx context.Context) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	return l.each(ctx, func(ctx context.Context, c *line) error { return c.takeBack(ctx, false) })
+	if err := l.each(ctx, func(ctx context.Context, c *line) error { return c.takeBack(ctx, false) }); err != nil {
+		return err
+	}
+	if err := l.src.hand.ledger.Prepare(l.owners()); err != nil {
+		return fmt.Errorf("the handoff cannot be noted: %w", err)
+	}
+	return nil
 }
 
 // awaitLanded waits until no data packet is in flight: one that arrived after
@@ -378,10 +384,10 @@ func (l *liveSession) give() {
 }
 
 // owners is the destination's device for each disk.
-func (l *liveSession) owners() map[string]Device {
-	to := make(map[string]Device)
+func (l *liveSession) owners() map[string]Owner {
+	to := make(map[string]Owner)
 	for _, c := range l.lines {
-		to[c.disk.Name] = c.owner
+		to[c.disk.Name] = Owner{Device: c.owner}
 	}
 	return to
 }

@@ -50,7 +50,7 @@ type slowLedger struct {
 	look  func() // before it returns
 }
 
-func (l *slowLedger) HandOff(map[string]Device) error {
+func (l *slowLedger) HandOff() error {
 	l.first()
 	<-time.After(time.Second)
 	l.look()

@@ -167,14 +167,23 @@ func (d *volatileDisk) fail(rnd *rand.Rand) *volatileDisk {
 type memLedger struct {
 	mu         sync.Mutex
 	generation uint64
-	to         map[string]Device // not nil: handed off
-	failing    int               // so many HandOffs fail
+	noLedger
+	staged  map[string]Owner
+	to      map[string]Owner // not nil: handed off
+	failing int              // so many HandOffs fail
 }
 
-func (l *memLedger) HandOff(to map[string]Device) error {
+func (l *memLedger) Prepare(to map[string]Owner) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.to = to // how far it comes when it fails is not known
+	l.staged = to
+	return nil
+}
+
+func (l *memLedger) HandOff() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.to = l.staged // how far it comes when it fails is not known
 	if l.failing > 0 {
 		l.failing--
 		return errors.New("no room for the state file")
@@ -328,7 +337,7 @@ func (w *world) startSource() {
 		l.generation++
 	}
 	for i, g := range w.guests {
-		tr, err := NewTracker(w.stores[g.name], TrackerOptions{HandedOff: l.to != nil, Owner: l.to[g.name]})
+		tr, err := NewTracker(w.stores[g.name], TrackerOptions{HandedOff: l.to != nil, Owner: l.to[g.name].Device})
 		require.NoError(w.t, err)
 		w.trs[g.name] = tr
 		id := Identity{UUID: [16]byte{9, byte(i)}, Generation: l.generation}

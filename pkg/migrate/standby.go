@@ -4,7 +4,9 @@ import (
 	"crypto/rand"
 	"fmt"
 
+	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
+	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
 )
 
 // deviceOf is the UUID of the device that a disk becomes: that of its map, or
@@ -17,8 +19,12 @@ func deviceOf(opened DestinationDisk) (device Device) {
 	return device
 }
 
-// Device tells a source which device its disk comes to.
-func (a *arrivals) Device() [16]byte { return a.disk.device }
+// Describe tells a source which device its disk comes to, and in which state that is.
+func (a *arrivals) Describe(ext *wire.Extension) {
+	ext.Device = a.disk.device
+	ext.Epoch = a.epoch
+	ext.Live = a.disk.isLive()
+}
 
 // isLive says that the disk belongs to this side: clients use it, and the
 // source changes nothing any more.
@@ -55,6 +61,33 @@ func handedTo(di *protocol.DevInfo) Device {
 // stillWritten says that the source's disk is being written.
 func stillWritten(di *protocol.DevInfo) bool {
 	return di.Extension != nil && di.Extension.Live
+}
+
+// awaitsPostLock reports whether the device stays in standby until EventPostLock: the
+// source's disk is being written, or the source has to note first that this device
+// is the owner. A plain Silo source and one before wire.RevisionEpoch
+// give a frozen disk away by announcing it.
+func awaitsPostLock(di *protocol.DevInfo) bool {
+	ext := di.Extension
+	return ext != nil && (ext.Live || ext.Hold)
+}
+
+// beginEpoch draws the epoch of this connection, which is durable before anything is
+// claimed.
+func (a *arrivals) beginEpoch(di *protocol.DevInfo) error {
+	if di.Extension == nil {
+		return nil
+	}
+	e, err := a.disk.dev.BeginEpoch(di.Extension.Epoch.Now)
+	switch {
+	case lazy.NoRoom(err):
+		return fmt.Errorf("disk %q: there is no room for its map: make room: %w", a.disk.name, err)
+	case err != nil:
+		a.disk.fail(err)
+		return &localError{fmt.Errorf("disk %q: %w", a.disk.name, err)}
+	}
+	a.epoch = wire.Epoch{Now: e.Now, Before: e.Before, Steps: e.Steps}
+	return nil
 }
 
 // elsewhere says that the source has handed the disk off, and not to device.

@@ -56,7 +56,7 @@ func TestTheDestinationChecksFromItsFirstWord(t *testing.T) {
 		synctest.Wait()
 		store := sources.NewMemoryStorage(8192)
 		from := NewFromProtocol(1, keep(store), p)
-		raw.expectChecked(1, 7, []byte{0xfd, 1, 0, 4, 0, 3, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
+		raw.expectChecked(1, 7, []byte{0xfd, 1, 0, 4, 0, 4, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
 		require.NoError(t, from.NeedAt(4096, 4096))
 		raw.expectChecked(1, 1, ranged(3, 4096, 4096))
 		for id, body := range map[uint32][]byte{
@@ -89,7 +89,7 @@ func TestTheSourceChecksWhenThePeerDoes(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				raw, p, _ := source(t)
 				to := NewToProtocol(1<<20, 1, p)
-				require.NoError(t, to.SendDevInfoExt(&DevInfo{BlockSize: 4096, Name: "d", Extension: &wire.Extension{Revision: wire.Revision}}))
+				require.NoError(t, to.SendDevInfoExt(&DevInfo{BlockSize: 4096, Name: "d", Extension: &wire.Extension{Revision: wire.RevisionChecked}}))
 				raw.expect(1, 1, checkedInfo(1<<20, 4096))
 				require.NoError(t, to.StartWrite(PriorityBulk, fill(4096, 1), 0, ignored{}))
 				raw.expect(1, 2, writeAt(0, fill(4096, 1)))
@@ -143,7 +143,7 @@ func TestPacketsThatWaitAtTheChangeAreChecked(t *testing.T) {
 		_ = from
 		go raw.readLoop()
 		raw.expect(1, 2, writeAt(0, fill(512, 1)))
-		raw.expectChecked(9, 1, []byte{0xfd, 1, 0, 4, 0, 3, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
+		raw.expectChecked(9, 1, []byte{0xfd, 1, 0, 4, 0, 4, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
 		raw.expectChecked(1, 3, writeAt(512, fill(512, 1)))
 		raw.expectChecked(1, 4, writeAt(1024, fill(512, 1)))
 		_ = a.Close()

@@ -38,10 +38,11 @@ type (
 	RemoveDevHandler interface {
 		HandleRemoveDev()
 	}
-	// Named tells an extended source which device its disk comes to: a UUID that
-	// no other device has.
-	Named interface {
-		Device() [16]byte
+	// Describer tells an extended source about the device that its disk comes to:
+	// it sets Device, Epoch, Live and Compare of ext. It is called once, when the
+	// factory has returned.
+	Describer interface {
+		Describe(ext *wire.Extension)
 	}
 )
 

@@ -29,7 +29,7 @@ type incoming struct {
 	account account // guarded by the budget
 
 	// Set by open before the workers start:
-	refusal string // set by the factory: why there is no store
+	refusal wire.Extension // set by the factory: why there is no store
 	store   storage.StorageProvider
 	zeroer  storage.Zeroer
 

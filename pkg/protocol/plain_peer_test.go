@@ -259,7 +259,7 @@ func TestTheDestinationAnswersTheExtension(t *testing.T) {
 		require.Empty(t, raw.got)
 		NewFromProtocol(1, keep(sources.NewMemoryStorage(4096)), p)
 		NewFromProtocol(2, keep(sources.NewMemoryStorage(4096)), p)
-		raw.expect(1, 7, []byte{0xfd, 1, 0, 4, 0, 3, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
+		raw.expect(1, 7, []byte{0xfd, 1, 0, 4, 0, 4, 0, 0, 0, 2, 0, 4, 0, 0, 0, 16, 0, 4, 0, 4, 0, 0, 0, 0x80, 1})
 		synctest.Wait()
 		require.Empty(t, raw.got)
 		require.NoError(t, p.Err())

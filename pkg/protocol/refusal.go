@@ -20,6 +20,8 @@ const refusalTime = 5 * time.Second
 type RefusedError struct {
 	Dev    uint32
 	Reason string // the destination's words, on one line
+	// Peer is what the destination said beside that: see FromProtocol.RefuseWith.
+	Peer wire.Extension
 }
 
 // Error says what the destination said.
@@ -30,7 +32,15 @@ func (e *RefusedError) Error() string {
 // Refuse says why the factory is about to return no store. The source is told,
 // if it is one that listens. It is called by the factory.
 func (f *FromProtocol) Refuse(reason string) {
-	f.in.refusal = oneLine(reason)
+	f.RefuseWith(reason, wire.Extension{})
+}
+
+// RefuseWith is Refuse that tells the source more of the device here that its disk
+// would have come to: ext holds Live, Device, Epoch and Identity as far as the
+// source should know them.
+func (f *FromProtocol) RefuseWith(reason string, ext wire.Extension) {
+	ext.Revision, ext.Refused = wire.Revision, oneLine(reason)
+	f.in.refusal = ext
 }
 
 // oneLine makes text that may have come from anywhere fit for a line of a log
@@ -52,7 +62,7 @@ func oneLine(s string) string {
 // turnAway ends the connection because the factory gave no store, and tells the
 // peer why if it can hear it.
 func (in *incoming) turnAway() {
-	if in.refusal != "" && in.info.Extension != nil {
+	if in.refusal.Refused != "" && in.info.Extension != nil {
 		in.tellRefusal()
 	}
 	in.p.end(fmt.Errorf("device %d (%.64q): %w", in.dev, in.info.Name, ErrRefused))
@@ -67,7 +77,7 @@ func (in *incoming) tellRefusal() {
 	}
 	in.mu.Unlock()
 	in.p.stir()
-	if in.answerInfo(wire.Extension{Revision: wire.Revision, Refused: in.refusal}) != nil {
+	if in.answerInfo(in.refusal) != nil {
 		return // the connection has ended and has its reason
 	}
 	late := time.NewTimer(refusalTime)
@@ -95,8 +105,8 @@ func (in *incoming) terms() wire.Extension {
 		MaxData:  uint32(min(int64(in.p.opts.MaxData), in.window)),
 		Window:   uint32(min(in.window, math.MaxUint32)),
 	}
-	if named, ok := in.store.(Named); ok {
-		e.Device = named.Device()
+	if d, ok := in.store.(Describer); ok {
+		d.Describe(&e)
 	}
 	return e
 }

@@ -6,7 +6,7 @@ import (
 )
 
 // Revision is the revision of the extension that this package writes.
-const Revision = 3
+const Revision = 4
 
 // What a peer can do that says it has this revision or a later one.
 const (
@@ -15,19 +15,27 @@ const (
 	// RevisionChecked: it takes checked packets, and sends them to a peer that takes
 	// them. A DevInfo of it ends in a checksum.
 	RevisionChecked = 3
+	// RevisionEpoch: as a destination it tells the epoch of its device, and goes live
+	// only when it is told PostLock; as a source it checks that epoch before it sends
+	// anything.
+	RevisionEpoch = 4
 )
 
 // The types of the extension's fields. Each is a u16 type, a u16 length and so
 // many bytes of value.
 const (
-	fieldRevision = 1 // u32, always the first
-	fieldMaxData  = 2 // u32
-	fieldLive     = 3 // no value: there or not
-	fieldWindow   = 4 // u32
-	fieldIdentity = 5 // 16 bytes UUID, u64 generation
-	fieldRefused  = 6 // text
-	fieldDevice   = 7 // 16 bytes UUID
-	lastField     = fieldDevice
+	fieldRevision = 1  // u32, always the first
+	fieldMaxData  = 2  // u32
+	fieldLive     = 3  // no value: there or not
+	fieldWindow   = 4  // u32
+	fieldIdentity = 5  // 16 bytes UUID, u64 generation
+	fieldRefused  = 6  // text
+	fieldDevice   = 7  // 16 bytes UUID
+	fieldEpoch    = 8  // u64 now, u64 before, u32 steps
+	fieldHold     = 9  // no value
+	fieldCompare  = 10 // no value
+	fieldClone    = 11 // no value
+	lastField     = fieldClone
 	// u32 CRC32C of the packet so far; behind all others and in DevInfo only
 	fieldChecksum = 0xffff
 )
@@ -38,7 +46,9 @@ type Extension struct {
 	Revision uint32 // of the extension, 1 or more; marks the bytes as ours
 	MaxData  uint32 // bytes of the largest WriteAt that the sender of this takes; 0: one block
 	Window   uint32 // bytes of a device's bulk data that it takes without having answered; 0: unknown
-	Live     bool   // the source is still being written
+	// Live means in a DevInfo that the source is still being written, and in a
+	// DevInfoResponse that the destination's device is live.
+	Live bool
 	// Identity is the source's disk, in DevInfo; zero if it has none.
 	Identity Identity
 	// Refused is why the destination does not take the device, in a
@@ -47,8 +57,31 @@ type Extension struct {
 	// Device is the destination's device: in a DevInfoResponse the one that the
 	// disk comes to, in a DevInfo the one that it was handed off to. Zero: it is
 	// not known, and the disk was not handed off.
-	Device  [16]byte
+	Device [16]byte
+	// Epoch is in a DevInfoResponse that of the destination's device. In a DevInfo
+	// only Now is set: it is the last epoch that the source has confirmed of the
+	// device that it met last. Zero: it is not known.
+	Epoch Epoch
+	// Hold means in a DevInfo of a frozen disk that the device stays in standby until
+	// EventPostLock.
+	Hold bool
+	// Compare means in a DevInfoResponse that the destination has blocks of this disk
+	// and another generation, and wants hashes of those that it claims before
+	// anything else.
+	Compare bool
+	// Clone means in a DevInfo that the source serves a golden image: there is no
+	// handoff, and the device is the owner of its own copy.
+	Clone   bool
 	Unknown []Field
+}
+
+// Epoch tells the states of one device apart, also those that were rolled back or
+// copied. Now is 64 random bits, drawn anew on each connection; Before is the last
+// one that the source had confirmed. Steps counts the changes that the source
+// asked for and that cannot be undone; it never goes back.
+type Epoch struct {
+	Now, Before uint64
+	Steps       uint32
 }
 
 // Identity says which disk a device is, and which of its contents: two with the
@@ -98,6 +131,17 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 	if e.Device != [16]byte{} {
 		b = append(appendFieldHead(b, fieldDevice, 16), e.Device[:]...)
 	}
+	if e.Epoch != (Epoch{}) {
+		b = appendFieldHead(b, fieldEpoch, 20)
+		b = binary.LittleEndian.AppendUint64(b, e.Epoch.Now)
+		b = binary.LittleEndian.AppendUint64(b, e.Epoch.Before)
+		b = binary.LittleEndian.AppendUint32(b, e.Epoch.Steps)
+	}
+	for _, flag := range e.lateFlags() {
+		if *flag.value {
+			b = appendFieldHead(b, flag.field, 0)
+		}
+	}
 	for _, f := range e.Unknown {
 		if len(f.Value) > 0xffff || f.Type == 0 || f.Type <= lastField || f.Type == fieldChecksum {
 			return b, fmt.Errorf("wire: extension field %d of %d bytes: %w", f.Type, len(f.Value), ErrInvalid)
@@ -108,6 +152,17 @@ func (e *Extension) append(b []byte) ([]byte, error) {
 		return b, fmt.Errorf("wire: extension of %d bytes: %w", n, ErrTooLarge)
 	}
 	return b, nil
+}
+
+// flagField is a field without a value, which is there or not.
+type flagField struct {
+	field uint16
+	value *bool
+}
+
+// lateFlags are the flags behind the epoch, by type.
+func (e *Extension) lateFlags() [3]flagField {
+	return [3]flagField{{fieldHold, &e.Hold}, {fieldCompare, &e.Compare}, {fieldClone, &e.Clone}}
 }
 
 func appendFieldHead(b []byte, t uint16, length int) []byte {
@@ -139,40 +194,50 @@ func (e *Extension) read(c *cursor) {
 			return
 		}
 		last = int(t)
-		switch t {
-		case fieldRevision:
-			e.Revision = value.u32()
-		case fieldMaxData:
-			e.MaxData = value.u32()
-		case fieldLive:
-			e.Live = true
-		case fieldWindow:
-			e.Window = value.u32()
-		case fieldIdentity:
-			copy(e.Identity.UUID[:], value.bytes(16))
-			e.Identity.Generation = value.u64()
-			if e.Identity == (Identity{}) {
-				c.fail(fmt.Errorf("%w: identity of zeroes", ErrInvalid))
-			}
-		case fieldRefused:
-			if length > MaxRefused {
-				c.fail(fmt.Errorf("%w: refusal of %d bytes", ErrTooLarge, length))
-			}
-			e.Refused = string(value.rest())
-		case fieldDevice:
-			copy(e.Device[:], value.bytes(16))
-			if e.Device == [16]byte{} {
-				c.fail(fmt.Errorf("%w: device of zeroes", ErrInvalid))
-			}
-		default:
-			e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
-		}
+		e.readField(c, t, length, &value)
 		if err := value.done(); err != nil {
 			c.fail(fmt.Errorf("%w: length of extension field %d", ErrInvalid, t))
 		}
 	}
 	if c.err == nil && e.Revision == 0 {
 		c.fail(fmt.Errorf("%w: extension revision 0", ErrInvalid))
+	}
+}
+
+// readField takes the value of a field of type t, and fails c if it means nothing.
+func (e *Extension) readField(c *cursor, t uint16, length int, value *cursor) {
+	zero := false // where zeroes are not a value
+	switch t {
+	case fieldRevision:
+		e.Revision = value.u32()
+	case fieldMaxData:
+		e.MaxData = value.u32()
+	case fieldLive:
+		e.Live = true
+	case fieldWindow:
+		e.Window = value.u32()
+	case fieldIdentity:
+		copy(e.Identity.UUID[:], value.bytes(16))
+		e.Identity.Generation = value.u64()
+		zero = e.Identity == (Identity{})
+	case fieldRefused:
+		if length > MaxRefused {
+			c.fail(fmt.Errorf("%w: refusal of %d bytes", ErrTooLarge, length))
+		}
+		e.Refused = string(value.rest())
+	case fieldDevice:
+		copy(e.Device[:], value.bytes(16))
+		zero = e.Device == [16]byte{}
+	case fieldEpoch:
+		e.Epoch = Epoch{Now: value.u64(), Before: value.u64(), Steps: value.u32()}
+		zero = e.Epoch == (Epoch{})
+	case fieldHold, fieldCompare, fieldClone:
+		*e.lateFlags()[t-fieldHold].value = true
+	default:
+		e.Unknown = append(e.Unknown, Field{Type: t, Value: value.rest()})
+	}
+	if zero {
+		c.fail(fmt.Errorf("%w: extension field %d of zeroes", ErrInvalid, t))
 	}
 }
 

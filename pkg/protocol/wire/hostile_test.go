@@ -86,7 +86,10 @@ func TestExtensionRoundTrip(t *testing.T) {
 		{Revision: 1, Identity: Identity{UUID: [16]byte{1, 15: 2}, Generation: 1 << 60}},
 		{Revision: 2, Refused: "another disk"},
 		{Revision: 2, Live: true, Device: [16]byte{3, 15: 4}},
-		{Revision: 1, Unknown: []Field{{Type: 9, Value: []byte{}}, {Type: 77, Value: []byte("later")}}},
+		{Revision: 4, Live: true, Device: [16]byte{3, 15: 4}, Epoch: Epoch{Now: 1 << 63, Before: 7, Steps: 9}},
+		{Revision: 4, Device: [16]byte{3}, Epoch: Epoch{Now: 5}, Hold: true},
+		{Revision: 4, Epoch: Epoch{Steps: 1}, Compare: true, Clone: true, Unknown: []Field{{Type: 12, Value: []byte{1}}}},
+		{Revision: 1, Unknown: []Field{{Type: 19, Value: []byte{}}, {Type: 77, Value: []byte("later")}}},
 	} {
 		in := DevInfo{Size: 10, BlockSize: 5, Name: "n", Schema: "s", Extension: &ext}
 		b, err := in.AppendBinary(nil)
@@ -127,6 +130,10 @@ func TestJunkBehindTheSchemaIsNoExtension(t *testing.T) {
 		"length wraps":      append(bytes.Clone(revision), 9, 0, 0xff, 0xff, 1),
 		"live with a value": append(bytes.Clone(revision), 3, 0, 1, 0, 1),
 		"device of zeroes":  append(bytes.Clone(revision), append([]byte{7, 0, 16, 0}, make([]byte, 16)...)...),
+		"epoch of zeroes":   append(bytes.Clone(revision), append([]byte{8, 0, 20, 0}, make([]byte, 20)...)...),
+		"epoch cut short":   append(bytes.Clone(revision), append([]byte{8, 0, 19, 0}, bytes.Repeat([]byte{1}, 19)...)...),
+		"hold with a value": append(bytes.Clone(revision), 9, 0, 1, 0, 1),
+		"clone, then hold":  append(bytes.Clone(revision), 11, 0, 0, 0, 9, 0, 0, 0),
 		"too long":          append(bytes.Clone(revision), make([]byte, MaxExtension)...),
 	} {
 		var m DevInfo
@@ -136,7 +143,7 @@ func TestJunkBehindTheSchemaIsNoExtension(t *testing.T) {
 		err := new(DevInfoResponse).UnmarshalBinary(append([]byte{0xfd}, junk...))
 		require.Error(t, err, "in an answer, %s is an error", name)
 	}
-	for _, ext := range []Extension{{}, {Revision: 1, Unknown: []Field{{Type: 2}}}, {Revision: 1, Unknown: []Field{{Type: 0xffff}}}, {Revision: 1, Unknown: []Field{{Type: 9, Value: make([]byte, 1<<16)}}}} {
+	for _, ext := range []Extension{{}, {Revision: 1, Unknown: []Field{{Type: 2}}}, {Revision: 1, Unknown: []Field{{Type: 0xffff}}}, {Revision: 1, Unknown: []Field{{Type: 19, Value: make([]byte, 1<<16)}}}} {
 		_, err := (&DevInfoResponse{Extension: ext}).AppendBinary(nil)
 		require.ErrorIs(t, err, ErrInvalid)
 	}

@@ -256,7 +256,9 @@ func allMessages() []message {
 		&WriteAt{Type: WriteRunLength, Off: 8192, Data: AppendRLE(nil, []byte("aaaaaaaaab"))},
 		&WriteAt{Type: WriteHash, Off: 8192, Length: 9, Sum: abc},
 		&Alive{}, &WriteAtResponseErr{Reason: ReasonNoRoom},
-		&DevInfoResponse{Extension: Extension{Revision: 1, MaxData: 1 << 20}})
+		&DevInfoResponse{Extension: Extension{Revision: 1, MaxData: 1 << 20}},
+		&DevInfoResponse{Extension: Extension{
+			Revision: Revision, Live: true, Device: [16]byte{1}, Epoch: Epoch{Now: 3, Before: 2, Steps: 1}, Compare: true}})
 }
 
 // Every truncation of every packet is refused as short, unless what is left is
