@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/silo-nbd/silo-nbd/internal/disks"
 )
 
 // commandTimeout is how long a command that was told to end may take.
@@ -67,6 +69,19 @@ func (r *receiver) environment() []string {
 		env = append(env, "uri_"+variable(e.name)+"="+e.uri)
 	}
 	return env
+}
+
+// distinctVariables refuses disks of which the shell could see only one.
+func distinctVariables(specs []disks.Spec) error {
+	names := make(map[string]string)
+	for _, s := range specs {
+		v := variable(s.Name)
+		if other, taken := names[v]; taken {
+			return usagef("--run: the disks %q and %q would both be $uri_%s: give one another name, as in --disk NAME=%s", other, s.Name, v, s.Path)
+		}
+		names[v] = s.Name
+	}
+	return nil
 }
 
 // variable makes a name fit for the shell.

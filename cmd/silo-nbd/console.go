@@ -6,10 +6,13 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/progress"
+	"github.com/silo-nbd/silo-nbd/internal/streams"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 )
 
@@ -18,30 +21,57 @@ import (
 type console struct {
 	log     *slog.Logger
 	display *progress.Display
-	results io.Writer
+	// What is written goes through queues, so that a terminal that is stopped, or
+	// a pipe that is not read, holds up no disk.
+	lines, results *streams.Queue
 }
 
 // newConsole makes a console; plain is for one that shares its terminal with
 // another program.
 func newConsole(cmd *cobra.Command, format logFormat, plain bool) *console {
+	surviveReaders()
 	stdout, stderr := cmd.OutOrStdout(), cmd.ErrOrStderr()
 	bars := format == "" && !plain && progress.IsTerminal(stderr)
-	c := &console{display: progress.New(stderr, bars), results: stdout}
-	if bars && progress.IsTerminal(stdout) {
-		c.results = c.display // or the bars would be drawn over the line
+	c := &console{display: progress.New(stderr, bars)}
+	logTo := func(w io.Writer) *slog.Logger {
+		if format == "json" {
+			return slog.New(slog.NewJSONHandler(w, nil))
+		}
+		return slog.New(slog.NewTextHandler(w, nil))
 	}
-	if format == "json" {
-		c.log = slog.New(slog.NewJSONHandler(c.display, nil))
-	} else {
-		c.log = slog.New(slog.NewTextHandler(c.display, nil))
+	c.lines = streams.NewQueue(c.display, func(w io.Writer, lines int) {
+		logTo(w).Warn("log lines were lost, since standard error was not read", "lines", lines)
+	})
+	c.log = logTo(c.lines)
+	c.results = c.lines // or the bars would be drawn over the line
+	if !bars || !progress.IsTerminal(stdout) {
+		c.results = streams.NewQueue(stdout, nil)
 	}
 	return c
 }
 
-// result prints a line for the one who called us.
-func (c *console) result(format string, args ...any) error {
-	_, err := fmt.Fprintf(c.results, format+"\n", args...)
-	return err
+// close writes what is still to be written, for as long as it is read.
+func (c *console) close() {
+	c.lines.Close(lastWords)
+	c.results.Close(lastWords)
+}
+
+// result prints a line for the caller of the program. That it is not read, or
+// its reader has gone, is not an error.
+func (c *console) result(format string, args ...any) {
+	fmt.Fprintf(c.results, format+"\n", args...)
+}
+
+// ready says that a disk can be attached. Its name may come from the other side
+// and hold anything, so it is written as one word, as it stands in the URI.
+func (c *console) ready(name, uri string) { c.result("ready %s %s", addr.Escape(name), uri) }
+
+// exportAt returns the URI of the export called name of a server at a.
+func exportAt(a addr.Addr, secure bool, name string) string {
+	if secure {
+		return addr.NBDSURI(a, name)
+	}
+	return addr.NBDURI(a, name)
 }
 
 // show shows the progress until the function that it returns is called.
@@ -53,7 +83,12 @@ func (c *console) show(status func() []migrate.DiskStatus) (stop func()) {
 	})
 	return func() {
 		cancel()
-		wg.Wait()
+		ended := make(chan struct{})
+		go func() { wg.Wait(); close(ended) }()
+		select {
+		case <-ended:
+		case <-time.After(lastWords): // the terminal is stopped
+		}
 	}
 }
 

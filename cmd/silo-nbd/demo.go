@@ -1,8 +1,6 @@
 package main
 
 import (
-	"errors"
-
 	"github.com/spf13/cobra"
 
 	"github.com/silo-nbd/silo-nbd/internal/demo"
@@ -25,7 +23,7 @@ was seen; exits with 1 if anything did not hold. Needs no root and no other prog
 			}
 			err := demo.Run(cmd.Context(), demo.Options{Size: int64(size), Rate: int64(rate), Keep: keep, Out: cmd.OutOrStdout()})
 			if cmd.Context().Err() != nil {
-				return errors.New("interrupted: the demo was not shown to the end")
+				return interruptedf("the demo was not shown to the end")
 			}
 			return err
 		},

@@ -53,7 +53,9 @@ before all is complete, since the disk would be of no use.`,
 			if err != nil {
 				return err
 			}
-			return f.run(cmd.Context(), specs, newConsole(cmd, f.format, f.command != ""))
+			c := newConsole(cmd, f.format, f.command != "")
+			defer c.close()
+			return unlessInterrupted(cmd.Context(), f.run(cmd.Context(), specs, c))
 		},
 	}
 	flags := cmd.Flags()
@@ -88,6 +90,11 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 	specs, err := disks.ParseSpecs(f.disks)
 	if err != nil {
 		return nil, usagef("--disk: %w", err)
+	}
+	if f.command != "" {
+		if err := distinctVariables(specs); err != nil {
+			return nil, err
+		}
 	}
 	if err := disks.PlaceMaps(specs, f.maps); err != nil {
 		return nil, usagef("--map: %w", err)

@@ -184,7 +184,7 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	x.serve(fail)
+	x.serve(fail, source.HandedOff())
 	op.ready()
 	err = f.moveLive(ctx, source, ends.Next, c)
 	op.stopping()
@@ -222,10 +222,10 @@ func (f *sourceFlags) moveLive(ctx context.Context, source *migrate.Source, conn
 					"disk", d.Name, "copied_bytes", d.BytesSent)
 			}
 		}
-		return nil
+		return interruptedf("the disks were not handed off: they are here, with all that was written; run the same command again to serve and move them")
 	}
 	if lack := missing(source.Status()); lack != "" {
-		return fmt.Errorf("interrupted: the disks belong to the destination, but %s: run the same command again to go on", lack)
+		return interruptedf("the disks belong to the destination, but %s: run the same command again to go on", lack)
 	}
 	return nil
 }

@@ -46,21 +46,20 @@ func (f *sourceFlags) openExport(ctx context.Context, disks []migrate.SourceDisk
 	return x, nil
 }
 
-// serve begins, and says where. It calls fail if it cannot go on.
-func (x *liveExport) serve(fail func(error)) {
+// serve begins, and says where, unless the disks were handed off: then every
+// request is refused, and a "ready" line would be a lie. It calls fail if it
+// cannot go on.
+func (x *liveExport) serve(fail func(error), handedOff bool) {
 	x.loops.Go(func() {
 		if err := x.server.Serve(x.listener); !errors.Is(err, nbdexport.ErrServerClosed) && !x.draining() {
 			fail(&serveError{err})
 		}
 	})
-	uri := addr.NBDURI
-	if x.secure {
-		uri = addr.NBDSURI
+	if handedOff {
+		return
 	}
 	for _, d := range x.disks {
-		if err := x.console.result("ready %s %s", d.Name, uri(x.at, d.Name)); err != nil {
-			fail(err)
-		}
+		x.console.ready(d.Name, exportAt(x.at, x.secure, d.Name))
 	}
 }
 

@@ -3,30 +3,39 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/silo-nbd/silo-nbd/internal/streams"
 )
 
 const (
-	exitFailure = 1 // something went wrong
-	exitUsage   = 2 // the command line is wrong
+	exitFailure     = 1  // something went wrong
+	exitUsage       = 2  // the command line is wrong
+	exitInterrupted = 75 // a signal ended it before the end: EX_TEMPFAIL, as sysexits.h has it
 )
 
+// lastWords is how long standard error may take to accept what is left to say.
+const lastWords = time.Second
+
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends us at once
+	ctx, stop := untilSignal(context.Background())
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
-	os.Exit(report(err, os.Stderr))
+	surviveReaders() // the exit code is to be ours
+	stderr := streams.NewQueue(os.Stderr, nil)
+	code := report(err, stderr)
+	stderr.Close(lastWords)
+	os.Exit(code)
 }
 
 // run is the whole program but for its exit code.
@@ -38,22 +47,84 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return root.ExecuteContext(ctx)
 }
 
-// report says in one line why run failed, and gives the exit code.
+// report says in one line why run failed, and returns the exit code.
 func report(err error, stderr io.Writer) int {
-	var usage *usageError
-	var exit *exitError
-	code := exitFailure
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &exit):
-		return exit.code
-	case errors.As(err, &usage):
-		code = exitUsage
+	code, said := exitCode(err)
+	if said != nil {
+		line := strings.ReplaceAll(strings.TrimSpace(said.Error()), "\n", "; ")
+		fmt.Fprintf(stderr, "silo-nbd: %s\n", line) // nothing is left to do if this fails
 	}
-	line := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
-	fmt.Fprintf(stderr, "silo-nbd: %s\n", line) // nobody is left to tell if this fails
 	return code
+}
+
+// exitCode returns the exit code that err stands for, and what is to be said of
+// it. An interruption or a code of its own counts only if nothing else went wrong.
+func exitCode(err error) (code int, said error) {
+	var others, interruptions []error
+	code = 0
+	for _, e := range leaves(err) {
+		var exit *exitError
+		var interrupted *interruptedError
+		switch {
+		case errors.As(e, &exit):
+			code = cmp.Or(code, exit.code)
+		case errors.As(e, &interrupted):
+			interruptions = append(interruptions, e)
+		default:
+			others = append(others, e)
+		}
+	}
+	said = errors.Join(append(interruptions, others...)...)
+	var usage *usageError
+	switch {
+	case errors.As(err, &usage):
+		return exitUsage, said
+	case len(others) > 0:
+		return exitFailure, said
+	case len(interruptions) > 0:
+		return exitInterrupted, said
+	}
+	return code, said
+}
+
+// leaves returns the errors that errors.Join has put together.
+func leaves(err error) []error {
+	joined, is := err.(interface{ Unwrap() []error })
+	if _, formatted := err.(fmt.Formatter); !is || formatted {
+		if err == nil {
+			return nil
+		}
+		return []error{err}
+	}
+	var all []error
+	for _, e := range joined.Unwrap() {
+		all = append(all, leaves(e)...)
+	}
+	return all
+}
+
+// interruptedError reports that a signal ended the process before its work was
+// done, and that the same command goes on.
+type interruptedError struct{ text string }
+
+func (e *interruptedError) Error() string { return "interrupted: " + e.text }
+
+func interruptedf(format string, args ...any) error {
+	return &interruptedError{fmt.Sprintf(format, args...)}
+}
+
+// unlessInterrupted makes an interruption of an err that says only that ctx,
+// which a signal ends, has ended.
+func unlessInterrupted(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) && exitIsFailure(err) {
+		return interruptedf("nothing has been done yet; run the same command again to go on")
+	}
+	return err
+}
+
+func exitIsFailure(err error) bool {
+	code, _ := exitCode(err)
+	return code == exitFailure
 }
 
 // usageError says that the command line is wrong.
@@ -83,8 +154,9 @@ streams in the background.
   on the old host   silo-nbd source --disk vm.raw --listen 10.0.0.1:7000 --insecure
   on the new host   silo-nbd dest --disk vm.raw --connect 10.0.0.1:7000 --nbd unix:///run/vm.sock
 
-Exit codes: 0 all is well, 1 something went wrong (one line on standard error says
-what), 2 the command line is wrong.`,
+Exit codes: 0 all is well (of source: everything is at the destination), 1 something
+went wrong (one line on standard error says what), 2 the command line is wrong, 75 a
+signal ended it before the end, and the same command goes on.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,

@@ -161,20 +161,17 @@ func (r *receiver) export(name string, dev *lazy.Device) error {
 	if err := r.server.AddExport(nbdexport.Export{Name: name, Backend: dev, ReadOnly: r.readOnly}); err != nil {
 		return err
 	}
-	e := exportURI{name, addr.NBDURI(r.nbd, name)}
-	if r.secure {
-		e.uri = addr.NBDSURI(r.nbd, name)
-	}
+	e := exportURI{name, exportAt(r.nbd, r.secure, name)}
 	r.mu.Lock()
 	r.uris = append(r.uris, e)
 	r.devices[name] = dev
 	all := len(r.uris) == max(1, r.set.Expected()) // with --dir the first is all that is certain
 	r.mu.Unlock()
-	err := r.console.result("ready %s %s", e.name, e.uri)
+	r.console.ready(e.name, e.uri)
 	if all {
 		close(r.ready)
 	}
-	return err
+	return nil
 }
 
 // clientLeft is told that a client has gone.
@@ -224,26 +221,27 @@ func (r *receiver) interrupted() error {
 	lack := missing(disks)
 	switch {
 	case len(disks) == 0:
-		return errors.New("interrupted: the source has sent nothing yet")
+		return interruptedf("the source has sent nothing yet")
 	case len(disks) < r.set.Expected():
-		return fmt.Errorf("interrupted: the source has sent only %d of %d disks", len(disks), r.set.Expected())
+		return interruptedf("the source has sent only %d of %d disks", len(disks), r.set.Expected())
 	case lack == "":
 		return nil
 	}
-	return fmt.Errorf("interrupted: %s, %s", lack, r.wayOn())
+	return r.wayOn(lack)
 }
 
-// wayOn says how to go on after an end that came too early.
-func (r *receiver) wayOn() string {
+// wayOn says how to go on after an end that came too early. Without a map there
+// is no way on, so that it is a failure.
+func (r *receiver) wayOn(lack string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
 	case r.forgets:
-		return "and without --map nothing remembers what is here: begin anew with --overwrite"
+		return fmt.Errorf("interrupted: %s, and without --map nothing remembers what is here: begin anew with --overwrite", lack)
 	case r.overwrite:
-		return "run the same command again, but without --overwrite, to go on"
+		return interruptedf("%s, run the same command again, but without --overwrite, to go on", lack)
 	}
-	return "run the same command again to go on"
+	return interruptedf("%s, run the same command again to go on", lack)
 }
 
 // serveOn serves the complete disks for as long as they are wanted.

@@ -33,12 +33,18 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	testscript.Run(t, testscript.Params{
-		Dir:                 "testdata",
+	testscript.Run(t, params("testdata", images))
+}
+
+// params are those of the scripts in dir.
+func params(dir, images string) testscript.Params {
+	return testscript.Params{
+		Dir:                 dir,
 		RequireExplicitExec: true,
 		Condition:           condition,
 		Setup: func(e *testscript.Env) error {
 			e.Values[authorities{}] = make(map[string]*tlstest.Authority)
+			e.Values[programs{}] = make(map[string]*begun)
 			e.Setenv("IMAGES", images)
 			return nil
 		},
@@ -54,11 +60,16 @@ func TestScripts(t *testing.T) {
 			"until":  cmdUntil,
 			"loop":   cmdLoop,
 
+			"begin":     cmdBegin,
+			"beginwith": cmdBeginWith,
+			"send":      cmdSend,
+			"ended":     cmdEnded,
+
 			"sigterm":  cmdSigterm,
 			"notified": cmdNotified,
 			"scrape":   cmdScrape,
 		},
-	})
+	}
 }
 
 // execPid leaves its process id in NAME.pid and becomes the program: pid NAME program args...

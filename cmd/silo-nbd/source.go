@@ -52,10 +52,12 @@ by then follows. From then on they are never served here again, also after a res
 				return err
 			}
 			c := newConsole(cmd, f.format, false)
+			defer c.close()
+			run := f.run
 			if !f.live.nbd.IsZero() {
-				return f.runLive(cmd.Context(), specs, c)
+				run = f.runLive
 			}
-			return f.run(cmd.Context(), specs, c)
+			return unlessInterrupted(cmd.Context(), run(cmd.Context(), specs, c))
 		},
 	}
 	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
@@ -152,7 +154,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	if lack := missing(source.Status()); lack != "" {
-		return fmt.Errorf("interrupted: %s, run the same command again to go on", lack)
+		return interruptedf("%s, run the same command again to go on", lack)
 	}
 	return nil
 }

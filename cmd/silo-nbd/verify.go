@@ -51,12 +51,12 @@ func clientTLS(dir string) (nbdclient.Secure, error) {
 func runVerify(ctx context.Context, nameA, nameB string, secure nbdclient.Secure, stdout io.Writer) error {
 	a, err := verify.Open(ctx, nameA, secure)
 	if err != nil {
-		return err
+		return unlessInterrupted(ctx, err)
 	}
 	defer a.Close() // only read from
 	b, err := verify.Open(ctx, nameB, secure)
 	if err != nil {
-		return err
+		return unlessInterrupted(ctx, err)
 	}
 	defer b.Close()                         // only read from
 	stop := context.AfterFunc(ctx, func() { // wakes a read that waits for a block
@@ -68,7 +68,7 @@ func runVerify(ctx context.Context, nameA, nameB string, secure nbdclient.Secure
 	r, err := verify.Compare(ctx, a, b, verify.Options{})
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("interrupted: %s and %s were not compared to the end", nameA, nameB)
+		return interruptedf("%s and %s were not compared to the end", nameA, nameB)
 	case err != nil:
 		return err
 	case r.Equal():

@@ -174,18 +174,18 @@ func NBDSURI(a Addr, name string) string { return uri("nbds", a, name) }
 
 func uri(scheme string, a Addr, name string) string {
 	if a.network == "unix" {
-		return scheme + "+unix:///" + escape(name) + "?socket=" + escape(a.path)
+		return scheme + "+unix:///" + Escape(name) + "?socket=" + Escape(a.path)
 	}
 	host := a.host
 	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
-	return scheme + "://" + escapeHost(net.JoinHostPort(host, a.port)) + "/" + escape(name)
+	return scheme + "://" + escapeHost(net.JoinHostPort(host, a.port)) + "/" + Escape(name)
 }
 
-// escape is percent-encoding that means the same in the path and in the query
-// of a URI: no "+" for a space, and slashes stay readable.
-func escape(s string) string {
+// Escape writes s as one word by percent-encoding that means the same in the
+// path and in the query of a URI: no "+" for a space, and slashes stay readable.
+func Escape(s string) string {
 	return strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(s))
 }
 

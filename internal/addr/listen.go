@@ -105,7 +105,21 @@ func (a Addr) listenUnix(ctx context.Context, lc net.ListenConfig) (net.Listener
 		ul.Close() // the error to report is the one before
 		return nil, fmt.Errorf("listen on %v: %w", a, err)
 	}
-	return &unixListener{UnixListener: ul, path: a.path, file: file}, nil
+	l := &unixListener{UnixListener: ul, path: a.path, file: file}
+	sockets.Store(l, nil)
+	return l, nil
+}
+
+// sockets are the *unixListener that listen.
+var sockets sync.Map
+
+// RemoveSockets removes the files of all unix sockets on which this process
+// listens: for a process that is about to end at once.
+func RemoveSockets() {
+	sockets.Range(func(l, _ any) bool {
+		_ = l.(*unixListener).unlink() // another process finds out that nobody listens there
+		return true
+	})
 }
 
 // removeStale removes the file of a socket on which nobody listens.
@@ -160,12 +174,21 @@ func (l *unixListener) Close() error {
 	l.once.Do(func() {
 		// Removed while it still listens: nobody takes it for stale and puts
 		// his own in its place meanwhile.
-		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.file) {
-			l.err = os.Remove(l.path)
-		}
-		l.err = errors.Join(l.err, l.UnixListener.Close())
+		l.err = errors.Join(l.unlink(), l.UnixListener.Close())
+		sockets.Delete(l)
 	})
 	return l.err
+}
+
+// unlink removes the socket's file if it is still its own.
+func (l *unixListener) unlink() error {
+	if now, err := os.Lstat(l.path); err != nil || !os.SameFile(now, l.file) {
+		return nil
+	}
+	if err := os.Remove(l.path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // lockDir keeps other processes that listen in dir out until unlock is called.
