@@ -65,6 +65,7 @@ type Device struct {
 	capture capture // what the next flush may log
 	mapped  bool    // there was a map in Options that was not complete
 	epoch   deviceEpochs
+	owed    owed // what the map has yet to forget
 
 	isLive    atomic.Bool
 	live      chan struct{} // closed by enterLive
@@ -177,8 +178,9 @@ func (d *Device) BlockSize() int64 { return d.blockSize }
 
 // GoLive lets client I/O in: the source has handed over and changes nothing any
 // more. With a map that is durable before GoLive returns, and before any client
-// gets in; an error says that it may be or not, and is final. It may be called
-// again.
+// gets in. If there is no room for that (NoRoom), nothing has happened, and it may
+// be tried again; after any other error it may be durable or not, and that is
+// final. It may be called again.
 func (d *Device) GoLive() error {
 	if d.isLive.Load() {
 		return nil
@@ -191,7 +193,13 @@ func (d *Device) GoLive() error {
 	d.leaving = true // from here on no block is taken back
 	d.sealMu.Unlock()
 	if d.mapped {
-		if err := d.flush.alone(d, d.saver.goLive); err != nil {
+		err := d.flush.alone(d, d.saver.goLive)
+		if noRoom(err) {
+			d.sealMu.Lock()
+			d.leaving = d.isLive.Load()
+			d.sealMu.Unlock()
+		}
+		if err != nil {
 			return err
 		}
 	}

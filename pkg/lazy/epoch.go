@@ -128,11 +128,3 @@ func (d *Device) BeginEpoch(confirmed uint64) (Epoch, error) {
 	}
 	return told, nil
 }
-
-// mayRetry makes a write of the map that found no room one that may be tried again.
-func mayRetry(err error) error {
-	if noRoom(err) {
-		return &roomError{err}
-	}
-	return err
-}

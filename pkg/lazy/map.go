@@ -256,20 +256,24 @@ func (m *Map) header() header {
 	return m.head
 }
 
-// update makes a change of the header durable, with all that was written to the
-// map before. One at a time.
-//
-// The slots are written one after the other with a sync between them, so that
-// one of them is always whole. The second is made durable by the next sync,
-// whatever it is for; and since the next update begins with that slot, the one
-// that is known to be durable is overwritten last. For the same reason an update
-// that finds no room has changed nothing, and may be tried again.
+// update makes a change of the header durable, if it is one. One at a time.
 func (m *Map) update(change func(h *header)) error {
 	old := m.header()
 	h := old
 	if change(&h); h == old {
 		return nil
 	}
+	return m.replaceHeader(h)
+}
+
+// replaceHeader makes h durable, with all that was written to the map before.
+//
+// The slots are written one after the other with a sync between them, so that
+// one of them is always whole. The second is made durable by the next sync,
+// whatever it is for; and since the next update begins with that slot, the one
+// that is known to be durable is overwritten last. For the same reason an update
+// that finds no room has changed nothing, and may be tried again.
+func (m *Map) replaceHeader(h header) error {
 	h.version = mapVersion
 	h.seq++
 	slot := h.encode()

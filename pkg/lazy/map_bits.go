@@ -159,7 +159,9 @@ func (m *Map) forget(spans []span, change func(h *header)) error {
 			return m.error("write", err)
 		}
 	}
-	return m.update(change)
+	h := m.header()
+	change(&h)
+	return m.replaceHeader(h) // also if it did not change: that syncs the pages
 }
 
 // merged sorts spans, and joins those that touch.

@@ -1,11 +1,14 @@
 package lazy
 
+import "sync/atomic"
+
 // Restart takes back every block: what is here came from another disk, or from
 // other contents of it, than what comes from now on. It is for a device in
 // standby, where nothing was written yet: else it is refused with ErrLive. When
 // it returns nil, that is durable, and the map says that it is for generation
 // generation of the disk source. A crash meanwhile leaves nothing of the old
-// contents that counts, under the old name or the new one.
+// contents that counts, under the old name or the new one. If there is no room for
+// that (NoRoom) it must be tried again; nothing that comes is taken before.
 func (d *Device) Restart(source UUID, generation uint64) error {
 	if !d.ops.enter() {
 		return ErrClosed
@@ -18,11 +21,81 @@ func (d *Device) Restart(source UUID, generation uint64) error {
 	if err := d.invalidate(all.lo, all.hi); err != nil {
 		return err
 	}
+	return d.forgetWith([]span{all}, func(h *header) { h.id.Source, h.id.Generation = source, generation })
+}
+
+// forget makes it durable that the blocks of spans were taken back. Until then
+// nothing that comes for them may be laid over their durable contents.
+func (d *Device) forget(spans []span) error {
+	if len(spans) == 0 {
+		return nil
+	}
+	if !d.mapped {
+		d.epoch.step()
+		return nil
+	}
+	return d.forgetWith(spans, func(h *header) { h.epoch.step() })
+}
+
+// owed is what was taken back in memory and not in the map, for want of room.
+type owed struct {
+	any   atomic.Bool // there are some
+	spans []span      // touched by the holder of both turns of the flusher only
+}
+
+// forgetWith forgets spans, and what is owed, with a change of the header.
+func (d *Device) forgetWith(spans []span, change func(h *header)) error {
 	return d.flush.alone(d, func() error {
-		m := d.saver.m
-		if m == nil {
+		if d.saver.m == nil {
 			return nil
 		}
-		return m.forget([]span{all}, func(h *header) { h.id.Source, h.id.Generation = source, generation })
+		return d.forgetOwed(append(spans, d.owed.spans...), change)
 	})
+}
+
+func (d *Device) forgetOwed(spans []span, change func(h *header)) error {
+	err := mayRetry(d.saver.m.forget(spans, change))
+	switch {
+	case err == nil:
+		d.owed.spans = nil
+	case noRoom(err):
+		d.owed.spans = merged(spans)
+	}
+	d.owed.any.Store(len(d.owed.spans) > 0)
+	return err
+}
+
+// payOwed has the map forget what is owed, before anything is laid over what it
+// still says to be here: after a power cut that would be a mixture.
+func (d *Device) payOwed() error {
+	if !d.owed.any.Load() {
+		return nil
+	}
+	return d.flush.alone(d, func() error {
+		if d.saver.m == nil || len(d.owed.spans) == 0 {
+			return nil
+		}
+		return d.forgetOwed(d.owed.spans, func(*header) {})
+	})
+}
+
+// goLive makes it durable that the source has handed over.
+func (s *saver) goLive() error {
+	if s.m == nil {
+		return nil
+	}
+	return mayRetry(s.m.update(func(h *header) {
+		if h.state < MapLive {
+			h.state = MapLive
+			h.epoch.step()
+		}
+	}))
+}
+
+// mayRetry makes a write of the map that found no room one that may be tried again.
+func mayRetry(err error) error {
+	if noRoom(err) {
+		return &roomError{err}
+	}
+	return err
 }

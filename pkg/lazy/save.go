@@ -149,19 +149,6 @@ func (d *Device) adopt(m *Map, o Options) error {
 	return err
 }
 
-// goLive makes it durable that the source has handed over.
-func (s *saver) goLive() error {
-	if s.m == nil {
-		return nil
-	}
-	return s.m.update(func(h *header) {
-		if h.state < MapLive {
-			h.state = MapLive
-			h.epoch.step()
-		}
-	})
-}
-
 // finish makes it durable that the device is complete, which its disk has to be,
 // and gives up the map.
 func (d *Device) finish() error {
@@ -189,24 +176,6 @@ func (d *Device) finish() error {
 	s.m = nil
 	d.capture.stop()
 	return nil
-}
-
-// forget makes it durable that the blocks of spans were taken back. Until then
-// nothing that comes for them may be laid over their durable contents.
-func (d *Device) forget(spans []span) error {
-	if len(spans) == 0 {
-		return nil
-	}
-	if !d.mapped {
-		d.epoch.step()
-		return nil
-	}
-	return d.flush.alone(d, func() error {
-		if d.saver.m == nil {
-			return nil
-		}
-		return d.saver.m.forget(spans, func(h *header) { h.epoch.step() })
-	})
 }
 
 // arrived is how much is here that the source sent, in bytes.

@@ -124,6 +124,9 @@ func (s *Stream) arrive(f fill, off, length int64) error {
 	if d.sealed.Load() {
 		return ErrComplete
 	}
+	if err := d.payOwed(); err != nil {
+		return err
+	}
 	// Whole blocks only. The end of the device ends a block, however short.
 	lo, hi := blocksOf(off, d.blockSize), (off+length)/d.blockSize
 	if off+length == d.size {
@@ -241,7 +244,9 @@ func (s *Stream) Flush() error {
 // exists is taken back, also if another does not, which is an error. It is
 // refused with ErrLive once the device is live, unless it is Revocable, and with
 // ErrComplete once it is complete. When it returns, that is durable: what comes
-// for these blocks from then on may be laid over what was there.
+// for these blocks from then on may be laid over what was there. If there is no
+// room for that (NoRoom), the source must send the list again, and until there is
+// room nothing that comes is taken.
 func (s *Stream) DirtyList(blocks []uint32) error {
 	return s.HandleDirtyList(uint32(s.d.blockSize), blocks)
 }

@@ -208,6 +208,11 @@ func (a *arrivals) ZeroAt(off, length int64, punch bool) error {
 	return nil
 }
 
+// HandleDirtyList hears that the source has changed blocks that are here.
+func (a *arrivals) HandleDirtyList(blockSize uint32, blocks []uint32) error {
+	return a.disk.withRoom(a.gone, func() error { return a.Stream.HandleDirtyList(blockSize, blocks) })
+}
+
 // HandleDamage hears of data that was changed on the way.
 func (a *arrivals) HandleDamage() { a.disk.damage.note(a.disk.log, a.disk.name) }
 
@@ -218,13 +223,13 @@ func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 	switch ev.Type {
 	case wire.EventCompleted:
 	case wire.EventPostLock:
-		answer(a.disk.goLive("the source has handed it off"))
+		answer(a.disk.withRoom(a.gone, func() error { return a.disk.goLive("the source has handed it off") }))
 		return
 	default:
 		answer(nil)
 		return
 	}
-	if err := a.disk.completeWithRoom(a.gone); err != nil {
+	if err := a.disk.withRoom(a.gone, a.disk.dev.Complete); err != nil {
 		if !lazy.NoRoom(err) && !errors.As(err, new(*lazy.IncompleteError)) {
 			a.disk.fail(err)
 		}

@@ -156,6 +156,9 @@ func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (boo
 // right source is waited for.
 func (d *Destination) weigh(refusal error) error {
 	var local *localError
+	if lazy.NoRoom(refusal) { // of a map: nothing has happened, and the next connection tries again
+		return &refusedError{refusal}
+	}
 	if errors.As(refusal, &local) || !d.opts.Listening && !d.served && !d.resumed() {
 		return &FatalError{refusal}
 	}

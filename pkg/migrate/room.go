@@ -171,11 +171,11 @@ func (d *destDisk) roomy() {
 	}
 }
 
-// completeWithRoom is Complete of the device, again and again while there is no
-// room for its map, until gone.
-func (d *destDisk) completeWithRoom(gone <-chan struct{}) error {
+// withRoom does what changes the map, again and again while there is no room for
+// that, until gone.
+func (d *destDisk) withRoom(gone <-chan struct{}, do func() error) error {
 	for pause := firstRoomPause; ; pause = min(2*pause, maxRoomPause) {
-		err := d.dev.Complete()
+		err := do()
 		if !lazy.NoRoom(err) {
 			return err
 		}

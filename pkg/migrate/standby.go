@@ -43,7 +43,9 @@ func (d *destDisk) goLive(why string) error {
 		return nil
 	}
 	if err := d.dev.GoLive(); err != nil {
-		d.fail(err)
+		if !lazy.NoRoom(err) { // else nothing has happened, and it is tried again
+			d.fail(err)
+		}
 		return fmt.Errorf("disk %q: %w", d.name, err)
 	}
 	d.log.Info("live: "+why, "disk", d.name)
