@@ -74,23 +74,40 @@ func (p *pump) retry(s span, err error) error {
 	if p.order.failed(s, time.Now()) {
 		return nil
 	}
-	return p.fail(fmt.Errorf("gave up after %d tries: %w", maxAttempts, err))
+	var refused *protocol.RemoteError
+	peer := errors.As(err, &refused)
+	return p.end(&DiskError{Name: p.disk.Name, Err: fmt.Errorf("gave up after %d tries: %w", maxAttempts, err), Peer: peer})
 }
 
-// fail ends the disk with err.
-func (p *pump) fail(err error) error {
+// fail ends the disk with err, which is our own.
+func (p *pump) fail(err error) error { return p.end(&DiskError{Name: p.disk.Name, Err: err}) }
+
+// end keeps the first error of the disk, and returns it.
+func (p *pump) end(err *DiskError) error {
 	p.failOnce.Do(func() {
-		p.err = &DiskError{Name: p.disk.Name, Err: err}
+		p.err = err
 		close(p.failed)
 	})
 	<-p.failed
 	return p.err
 }
 
-// DiskError says that one disk cannot be moved. Connecting again does not help.
+// cause is why the disk was not moved, if a loop ended with err: its own error,
+// rather than what became of the connection.
+func (p *pump) cause(err error) error {
+	select {
+	case <-p.failed:
+		return p.err
+	default:
+		return err
+	}
+}
+
+// DiskError says that one disk cannot be moved over this connection.
 type DiskError struct {
 	Name string
 	Err  error
+	Peer bool // the other side does not take it; else it is this side's disk that fails
 }
 
 func (e *DiskError) Error() string { return fmt.Sprintf("disk %s: %v", e.Name, e.Err) }

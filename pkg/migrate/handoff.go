@@ -26,6 +26,8 @@ var (
 	ErrFrozen = errors.New("no disk is served here, so there is nothing to hand off: the destination has the disks since it connected")
 	// ErrNotConnected says that there is no destination to hand off to.
 	ErrNotConnected = errors.New("there is no connection to the destination: nothing has changed: try again when there is one")
+	// ErrEnded says that there will be no destination any more.
+	ErrEnded = errors.New("the migration has ended, its log says why: nothing has changed: end this process, and start it again to try again")
 	// ErrNoHandoff says that there is nothing to abort.
 	ErrNoHandoff = errors.New("no handoff is under way")
 	// ErrTooLate says that a handoff cannot be aborted any more.
@@ -43,6 +45,7 @@ type hand struct {
 	mu sync.Mutex // never held over I/O
 	// Guarded by mu:
 	attached  bool     // there is a session that can hand off
+	closed    bool     // Run has ended
 	asked     *request // nil: nobody asks
 	committed bool     // the destination may know: there is no way back
 	taken     chan struct{}
@@ -80,6 +83,9 @@ func (s *Source) Handoff(ctx context.Context) error {
 	case h.committed:
 		h.mu.Unlock()
 		return h.awaitTaken(ctx)
+	case h.closed:
+		h.mu.Unlock()
+		return ErrEnded
 	case !h.attached:
 		h.mu.Unlock()
 		return ErrNotConnected
@@ -168,6 +174,16 @@ func (h *hand) attach(is bool) {
 	h.attached = is
 	if !is && !h.committed {
 		h.endLocked(errLost)
+	}
+}
+
+// close tells that there is no session any more, nor will be.
+func (h *hand) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.closed = true
+	if !h.committed {
+		h.endLocked(ErrEnded)
 	}
 }
 

@@ -110,7 +110,8 @@ func (l *liveSession) passLoop(ctx context.Context) error {
 	}
 }
 
-// errOldPeer says that the destination would use the disks at once.
+// errOldPeer says that the destination would use the disks at once. It ends the
+// connection, and another destination may come.
 var errOldPeer = errors.New("the destination knows no live source: use the same version of silo-nbd on both sides, or stop the virtual machine and move the disks frozen")
 
 // meet learns who the destination is. An empty DirtyList is answered behind all
@@ -126,7 +127,7 @@ func (l *liveSession) meet(ctx context.Context) error {
 			c.owner = unnamed
 			c.disk.Live.meetPlain()
 		case ext.Device == Device{}:
-			return &FatalError{errOldPeer}
+			return errOldPeer
 		default:
 			c.owner = ext.Device
 			c.disk.Live.meet(ext.Device)
@@ -229,10 +230,10 @@ func (l *liveSession) rate() float64 {
 	return r
 }
 
-// soon says whether bytes travel in MaxDowntime.
+// soon reports whether bytes travel in MaxDowntime. Nothing does as long as nothing
+// has: the pass may have ended because all of it is dirty for another destination.
 func (l *liveSession) soon(bytes int64) bool {
-	rate := l.rate()
-	return rate == 0 || float64(bytes) <= rate*l.src.opts.MaxDowntime.Seconds()
+	return bytes == 0 || float64(bytes) <= l.rate()*l.src.opts.MaxDowntime.Seconds()
 }
 
 func (l *liveSession) handOffByItself(ctx context.Context) (done bool, err error) {

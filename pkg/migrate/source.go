@@ -153,6 +153,7 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 // the cause of ctx when that ends first, and otherwise what cannot be mended
 // by connecting again.
 func (s *Source) Run(ctx context.Context, connect Connector) error {
+	defer s.hand.close()
 	loop := sessions{
 		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
 		known: s.opts.Known || s.hasLive(),                     // or somebody uses the disks: the destination may come when it likes
@@ -200,6 +201,8 @@ func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, er
 		err = moveErr
 	case s.complete(): // however the connection ended
 		err = nil
+	case moveErr != nil: // Handle may only have seen that we closed the connection for it
+		err = moveErr
 	}
 	s.served = s.served || hello.said()
 	return hello.said(), err
@@ -212,13 +215,34 @@ func (s *Source) met(hello *greeting) {
 	}
 }
 
-// weigh makes a refusal the end of Run, but not when it is of one who called us,
-// or when there was a destination that took the disks.
+// weigh makes a refusal the end of Run if the destination that was dialled refuses
+// frozen disks that none has taken yet. A source that listens or is live waits for
+// a destination that takes them.
 func (s *Source) weigh(refused *protocol.RefusedError) error {
-	if !s.opts.Listening && !s.served {
+	if !s.waitsForPeers() && !s.served {
 		return &FatalError{refused}
 	}
 	return refused
+}
+
+// waitsForPeers reports whether nothing that a peer does ends the source: it
+// listens, so that anybody may connect, or its disks are in use.
+func (s *Source) waitsForPeers() bool { return s.opts.Listening || s.hasLive() }
+
+// classify makes err the end of Run if connecting again cannot help: a disk of ours
+// cannot be read, or the destination that was dialled cannot write it. A disk that
+// is in use here is served on, and tried again on the next connection.
+func (s *Source) classify(err error) error {
+	var disk *DiskError
+	switch {
+	case !errors.As(err, &disk):
+		return err
+	case disk.Peer && s.waitsForPeers():
+		return err
+	case !disk.Peer && s.hasLive() && !s.HandedOff():
+		return err
+	}
+	return &FatalError{err}
 }
 
 // moveAll moves the disks side by side, until each is complete or one of them
@@ -240,30 +264,60 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 			return err
 		}
 	}
-	for _, c := range lines {
+	why := &causes{}
+	run := func(move func() error) {
 		group.Go(func() error {
-			err := s.move(ctx, c)
+			err := move()
 			if err != nil {
+				why.note(err)
 				_ = p.Close() // wakes the other disks, which may be writing to it
 			}
 			return err
 		})
 	}
+	for _, c := range lines {
+		run(func() error { return s.move(ctx, c) })
+	}
 	if len(live.lines) > 0 {
-		group.Go(func() error {
-			err := live.passLoop(ctx)
-			if err != nil {
-				_ = p.Close() // as above
-			}
-			return err
-		})
+		run(func() error { return live.passLoop(ctx) })
 	}
-	err := group.Wait()
+	_ = group.Wait() // its first error may be what another one's end of the connection caused
+	return s.classify(why.first())
+}
+
+// causes is why the disks of a connection were not moved. What is wrong with a disk
+// counts before the end of the connection, which may be its consequence.
+type causes struct {
+	mu sync.Mutex
+	// Guarded by mu:
+	err  error
+	rank int // of err
+}
+
+// note keeps err unless an earlier one says as much.
+func (c *causes) note(err error) {
+	rank := 1
 	var disk *DiskError
-	if errors.As(err, &disk) {
-		return &FatalError{err}
+	var fatal *FatalError
+	switch {
+	case errors.As(err, &fatal):
+		rank = 4
+	case errors.As(err, &disk) && !disk.Peer:
+		rank = 3
+	case errors.As(err, &disk):
+		rank = 2
 	}
-	return err
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if rank > c.rank {
+		c.err, c.rank = err, rank
+	}
+}
+
+func (c *causes) first() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
 }
 
 // line begins to move a disk over a connection.
@@ -293,6 +347,7 @@ func (s *Source) move(ctx context.Context, c *line) error {
 	loops.Go(func() error { s.first(ctx, c); return nil })
 	loops.Go(func() error { return d.finish(ctx, c.order, c.to) })
 	if err := loops.Wait(); err != nil && !errors.Is(err, errMoved) {
+		err = c.pump.cause(err)
 		d.note(err)
 		return err
 	}
