@@ -189,7 +189,7 @@ func TestDemandDoesNotWaitForHoles(t *testing.T) {
 // A disk that refuses zeroes is given up in seconds, with little to remember.
 func TestRefusedZeroRunsCostLittle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		src := newSource(t, SourceOptions{Listening: true}, SourceDisk{Name: "disk", Store: sparse{512 << 30}})
+		src := newSource(t, SourceOptions{}, SourceDisk{Name: "disk", Store: sparse{512 << 30}})
 		dst := newDestination(t, DestinationOptions{Disks: 1, Listening: true}, func(n string, s uint64) storage.StorageProvider {
 			return zeroSlow{size: int64(s), err: syscall.EIO}
 		})
@@ -211,12 +211,12 @@ func TestRefusedZeroRunsCostLittle(t *testing.T) {
 func TestHolesGoOnWhileTheWindowProbes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rtt = 10 * time.Millisecond
-		w := newWindow(64<<10, plainBulkPackets)
+		w := newWindow(64<<10, plainBulkPackets).lane()
 		w.probing = true // as after rttLife, by an answer to the last data before a hole
 		var flying []flightMark
 		sent := 0
 		for range 100 { // round trips
-			for w.room(0) == nil {
+			for hasRoom(w, 0) {
 				flying = append(flying, w.begin(0))
 				sent++
 			}

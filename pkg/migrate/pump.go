@@ -46,8 +46,8 @@ type pump struct {
 	disk   SourceDisk
 	order  *order
 	to     sender
-	window *window // shared by the disks of a connection
-	limit  *throttle
+	window *lane  // of the window that the disks of a connection share
+	limit  *payer // of the throttle that all disks share
 	counts *counters
 	log    *slog.Logger
 
@@ -80,7 +80,7 @@ type counters struct {
 
 func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *counters, greeted func(), log *slog.Logger) *pump {
 	p := &pump{
-		disk: disk, order: o, to: to, window: w, limit: l, counts: c, greeted: greeted, log: log,
+		disk: disk, order: o, to: to, window: w.lane(), limit: l.payer(), counts: c, greeted: greeted, log: log,
 		demandSlots:  make(chan struct{}, demandPackets),
 		demandLanded: make(chan struct{}, 1),
 		holes:        make(chan struct{}, zeroSlots),
@@ -123,10 +123,14 @@ func (p *pump) bulkLoop(ctx context.Context) error {
 	if err := p.awaitPeer(ctx); err != nil {
 		return err
 	}
+	defer p.limit.leave()
 	r := p.newReader()
 	for {
 		delayed := p.order.release(time.Now())
 		from, hint, ok := p.order.peekBulk()
+		if !ok || hint {
+			p.limit.leave()
+		}
 		if !ok {
 			p.sayFull()
 			if err := p.waitBulk(ctx, delayed); err != nil {
@@ -295,7 +299,7 @@ func (p *pump) giveWay(ctx context.Context) {
 
 // packet is the most that one packet of the background should hold, in bytes.
 func (p *pump) packet() int64 {
-	return p.limit.packet(min(p.runBytes.Load(), p.window.packet()))
+	return p.limit.limit.packet(min(p.runBytes.Load(), p.window.packet()))
 }
 
 // waitRate waits if what the background has sent does not fit the rate yet, or

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -35,7 +36,44 @@ type throttle struct {
 	limiter *rate.Limiter // its tokens are bytes; below 0 they are owed
 	rate    int64         // bytes a second; 0: no bound
 	paused  bool
-	changed chan struct{} // closed when rate or paused changes
+	changed chan struct{} // closed when rate, paused or whose turn it is changes
+	waiting []*payer
+	turn    int64 // the least that a payer which begins to wait has paid: as the last one that went
+}
+
+// payer is one disk on one connection at a throttle: of those that wait, the one that
+// has sent the least goes next. It is used by one goroutine, apart from owe.
+type payer struct {
+	limit *throttle
+	paid  int64 // bytes; guarded by the throttle's mu
+}
+
+func (t *throttle) payer() *payer { return &payer{limit: t} }
+
+// leave ends the wait of a payer that has something else to do.
+func (p *payer) leave() {
+	p.limit.mu.Lock()
+	defer p.limit.mu.Unlock()
+	p.limit.leaveLocked(p)
+}
+
+func (t *throttle) leaveLocked(p *payer) {
+	if i := slices.Index(t.waiting, p); i >= 0 {
+		t.waiting = slices.Delete(t.waiting, i, i+1)
+		if len(t.waiting) > 0 {
+			t.changedLocked()
+		}
+	}
+}
+
+// firstLocked reports whether no payer that waits has sent less than p.
+func (t *throttle) firstLocked(p *payer) bool {
+	for _, other := range t.waiting {
+		if other.paid < p.paid {
+			return false
+		}
+	}
+	return true
 }
 
 func newThrottle(blockSize, bytesPerSecond int64) *throttle {
@@ -100,33 +138,46 @@ func (t *throttle) packet(n int64) int64 {
 }
 
 // owe adds n bytes to what is to be paid before the next packet.
-func (t *throttle) owe(n int64) {
+func (p *payer) owe(n int64) {
+	t := p.limit
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.rate == 0 {
 		return
 	}
+	p.paid += n
 	now := time.Now()
 	for most := burst(t.blockSize, t.rate); n > 0; n -= most { // it takes no more at once
 		t.limiter.ReserveN(now, int(min(n, most)))
 	}
 }
 
-// hold says whether the background has to wait, for how long (0 or less:
-// until changed is closed), and what is closed when that is not true any more.
-func (t *throttle) hold() (held bool, wait time.Duration, changed <-chan struct{}) {
+// hold says whether the payer has to wait, for how long (0 or less: until changed is
+// closed), and what is closed when that is not true any more. One that has to wait
+// calls it again, or leave.
+func (p *payer) hold() (held bool, wait time.Duration, changed <-chan struct{}) {
+	t := p.limit
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.paused {
 		return true, 0, t.changed
 	}
 	if t.rate == 0 {
+		t.leaveLocked(p)
 		return false, 0, nil
 	}
-	owed := -t.limiter.TokensAt(time.Now())
-	if owed <= 0 {
-		return false, 0, nil
+	if !slices.Contains(t.waiting, p) {
+		p.paid = max(p.paid, t.turn)
+		t.waiting = append(t.waiting, p)
 	}
-	// Not less than a nanosecond, which is not until changed.
-	return true, max(1, time.Duration(owed/float64(t.rate)*float64(time.Second))), t.changed
+	if owed := -t.limiter.TokensAt(time.Now()); owed > 0 {
+		// Not less than a nanosecond, which is not until changed.
+		return true, max(1, time.Duration(owed/float64(t.rate)*float64(time.Second))), t.changed
+	}
+	if !t.firstLocked(p) {
+		return true, 0, t.changed
+	}
+	t.turn = p.paid
+	t.leaveLocked(p)
+	return false, 0, nil
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
 // sent is what all disks have sent, in bytes.
@@ -151,4 +153,33 @@ func TestControlsMayBeUsedTogether(t *testing.T) {
 	require.Equal(t, []error{nil, nil}, m.end())
 	require.True(t, bytes.Equal(want, contents(t, m.dst.disks["disk"])))
 	require.NoError(t, m.dst.Close())
+}
+
+// TestRateIsSharedEvenly among the disks of one connection, also when they wait for
+// nothing else (fault H18).
+func TestRateIsSharedEvenly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var disks []SourceDisk
+		for i := range 5 {
+			store, _ := testDisk(t, 16<<20, uint64(i))
+			disks = append(disks, SourceDisk{Name: string(rune('a' + i)), Store: store})
+		}
+		src := newSource(t, SourceOptions{Rate: 4 << 20}, disks...)
+		m := migrate(t, src, newDestination(t, DestinationOptions{Disks: 5}, func(n string, s uint64) storage.StorageProvider {
+			if n == "e" {
+				return late{memory(n, s), 3 * time.Millisecond} // takes what comes in its own time
+			}
+			return memory(n, s)
+		}), newWires())
+		<-time.After(4 * time.Second)
+		least, most := int64(1<<62), int64(0)
+		for _, st := range src.Status() {
+			least, most = min(least, st.BytesSent), max(most, st.BytesSent)
+		}
+		t.Logf("from %d to %d bytes a disk", least, most)
+		require.Less(t, float64(most), 1.2*float64(least))
+		m.stop()
+		m.end()
+		require.NoError(t, m.dst.Close())
+	})
 }

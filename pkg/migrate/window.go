@@ -1,7 +1,6 @@
 package migrate
 
 import (
-	"context"
 	"sync"
 	"time"
 )
@@ -56,18 +55,18 @@ type window struct {
 
 	mu sync.Mutex
 	// Guarded by mu:
-	wake           chan struct{} // closed when there may be room; nil: nobody waits
-	maxPackets     int
-	bytes, packets int64     // in flight
-	delivered      int64     // bytes answered so far
-	deliveredAt    time.Time // when the last of them was
-	minRTT         time.Duration
-	minRTTAt       time.Time
-	probing        bool      // closed to one packet, to see the path empty
-	probingAt      time.Time // since when
-	rate, oldRate  float64   // bytes a second: the best of this rate period and of the last
-	rateAt         time.Time // when this rate period began
-	demandAt       time.Time // when somebody asked last
+	wake          chan struct{} // closed when there may be room; nil: nobody waits
+	maxPackets    int
+	lanes         []*lane
+	delivered     int64     // bytes answered so far
+	deliveredAt   time.Time // when the last of them was
+	minRTT        time.Duration
+	minRTTAt      time.Time
+	probing       bool      // closed to one packet, to see the path empty
+	probingAt     time.Time // since when
+	rate, oldRate float64   // bytes a second: the best of this rate period and of the last
+	rateAt        time.Time // when this rate period began
+	demandAt      time.Time // when somebody asked last
 }
 
 // flightMark is what the window needs to know of a packet when it comes back.
@@ -109,37 +108,6 @@ func (w *window) probeLocked(now time.Time) {
 // rateLocked is the best rate of late, 0 if there is none.
 func (w *window) rateLocked() float64 { return max(w.rate, w.oldRate) }
 
-// await waits until the next packet may be sent and returns its bytes, as size
-// has them then: what is right for a packet changes while it waits.
-func (w *window) await(ctx context.Context, size func() int64) (n int64, err error) {
-	for {
-		n = size()
-		wake := w.room(n)
-		if wake == nil {
-			return n, nil
-		}
-		select {
-		case <-wake:
-		case <-ctx.Done():
-			return 0, context.Cause(ctx)
-		}
-	}
-}
-
-// room returns nil if n bytes may be sent, and otherwise what is closed when that
-// may have changed.
-func (w *window) room(n int64) (wake <-chan struct{}) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.roomLocked(n) {
-		return nil
-	}
-	if w.wake == nil {
-		w.wake = make(chan struct{})
-	}
-	return w.wake
-}
-
 // wakeLocked has all who wait look again.
 func (w *window) wakeLocked() {
 	if w.wake != nil {
@@ -148,58 +116,11 @@ func (w *window) wakeLocked() {
 	}
 }
 
-// begin counts n bytes as sent now, whether there is room for them or not.
-func (w *window) begin(n int64) flightMark {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.sendLocked(n, time.Now())
-}
-
-// roomLocked says whether n more bytes may fly. One packet always may.
-func (w *window) roomLocked(n int64) bool {
-	switch {
-	case w.packets == 0:
-		return true
-	case n == 0: // measures nothing, so it cannot end a probe either
-		return w.packets < int64(w.maxPackets)
-	}
-	if w.probing && time.Since(w.probingAt) > max(probeLife, 4*w.minRTT) {
-		w.probing, w.minRTTAt = false, time.Now()
-	}
-	return !w.probing && w.packets < int64(w.maxPackets) && w.bytes+n <= w.limitLocked()
-}
-
-func (w *window) sendLocked(n int64, now time.Time) flightMark {
-	alone := w.packets == 0
-	if alone {
-		w.deliveredAt = now // an idle path has no rate
-	}
-	w.packets++
-	w.bytes += n
-	return flightMark{
-		bytes: n, sentAt: now, delivered: w.delivered, deliveredAt: w.deliveredAt,
-		probe: alone && w.probing,
-	}
-}
-
 // setMaxPackets bounds the packets in flight.
 func (w *window) setMaxPackets(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.maxPackets = n
-	w.wakeLocked()
-}
-
-// release takes a packet out of flight. Only one that was taken by the other
-// side (ok) and whose cost is its bytes measures the path.
-func (w *window) release(m flightMark, ok bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.packets--
-	w.bytes -= m.bytes
-	if now := time.Now(); ok && m.bytes > 0 {
-		w.measureLocked(m, now)
-	}
 	w.wakeLocked()
 }
 
@@ -284,5 +205,9 @@ type windowStats struct {
 func (w *window) stats() windowStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return windowStats{w.bytes, w.limitLocked(), w.rateLocked(), w.minRTT}
+	var flying int64
+	for _, l := range w.lanes {
+		flying += l.bytes
+	}
+	return windowStats{flying, w.limitLocked(), w.rateLocked(), w.minRTT}
 }

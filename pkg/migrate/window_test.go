@@ -30,7 +30,7 @@ func (p *path) send(n int64) time.Duration {
 // drive sends packets over p, as w has it, until d has passed. before is called
 // before each waits for the window, sent for each that has gone: at since, of n
 // bytes, which wait for the link for queued. Either may be nil.
-func drive(t *testing.T, w *window, p *path, d time.Duration, before func(since time.Duration), sent func(since time.Duration, n int64, queued time.Duration)) {
+func drive(t *testing.T, w *lane, p *path, d time.Duration, before func(since time.Duration), sent func(since time.Duration, n int64, queued time.Duration)) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	defer cancel()
@@ -67,7 +67,7 @@ func TestWindowFillsThePathAndQueuesLittle(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const d = 5 * time.Second
-				w := newWindow(64<<10, 256)
+				w := newWindow(64<<10, 256).lane()
 				var queued time.Duration
 				var moved int64
 				drive(t, w, &c.path, d, nil, func(since time.Duration, n int64, q time.Duration) {
@@ -91,7 +91,7 @@ func TestWindowFillsThePathAndQueuesLittle(t *testing.T) {
 func TestWindowFollowsThePath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 100e6, rtt: 2 * time.Millisecond}
-		w := newWindow(64<<10, 256)
+		w := newWindow(64<<10, 256).lane()
 		var late int64
 		drive(t, w, &p, 60*time.Second, func(since time.Duration) {
 			if since > 10*time.Second {
@@ -115,7 +115,7 @@ func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
 		{rate: 1e9, rtt: 5 * time.Millisecond},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			w := newWindow(64<<10, 256)
+			w := newWindow(64<<10, 256).lane()
 			var late int64
 			var queued, after time.Duration
 			const d = rttLife - 100*time.Millisecond // before the round trip is measured again
@@ -148,7 +148,7 @@ func TestNothingQueuesBesideDemandAndThePathStaysFull(t *testing.T) {
 func TestDemandMeetsOneSmallPacketOnAFastShortPath(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 1e9, rtt: 200 * time.Microsecond}
-		w := newWindow(64<<10, 256)
+		w := newWindow(64<<10, 256).lane()
 		var late int64
 		var before, queued time.Duration
 		drive(t, w, &p, 4*time.Second, func(since time.Duration) {
@@ -177,23 +177,28 @@ func TestDemandMeetsOneSmallPacketOnAFastShortPath(t *testing.T) {
 func TestProbeThatFindsNoEmptyPathEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := path{rate: 1e9, rtt: time.Millisecond}
-		w := newWindow(64<<10, 256)
+		w := newWindow(64<<10, 256).lane()
 		drive(t, w, &p, time.Second, nil, nil)
 		<-time.After(time.Second)
 		urgent := w.begin(64 << 10)
 		w.demand()
-		require.NotNil(t, w.room(64<<10), "it waits for the path to be empty")
+		require.False(t, hasRoom(w, 64<<10), "it waits for the path to be empty")
 		<-time.After(probeLife + time.Millisecond)
-		require.Nil(t, w.room(64<<10))
+		require.True(t, hasRoom(w, 64<<10))
 		w.release(urgent, true)
 		<-time.After(time.Minute)
 	})
 }
 
+func hasRoom(l *lane, n int64) bool {
+	wake, _ := l.room(n)
+	return wake == nil
+}
+
 func always(n int64) func() int64 { return func() int64 { return n } }
 
 func TestOnePacketMayAlwaysFly(t *testing.T) {
-	w := newWindow(1<<20, 1)
+	w := newWindow(1<<20, 1).lane()
 	n, err := w.await(t.Context(), always(32<<20))
 	require.NoError(t, err)
 	require.EqualValues(t, 32<<20, n)
@@ -212,19 +217,19 @@ func TestOnePacketMayAlwaysFly(t *testing.T) {
 // not keep the room from the other, and takes what has become right meanwhile.
 func TestWhoFindsNoRoomKeepsItFromNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWindow(4096, 256)
+		w := newWindow(4096, 256).lane()
 		a, b := w.begin(firstWindow-8192), w.begin(firstWindow-8192)
 		var size atomic.Int64
 		size.Store(firstWindow)
 		large, small := make(chan int64, 1), make(chan int64, 1)
-		wait := func(got chan<- int64, size func() int64) {
-			n, err := w.await(t.Context(), size)
+		wait := func(l *lane, got chan<- int64, size func() int64) {
+			n, err := l.await(t.Context(), size)
 			require.NoError(t, err)
 			got <- n
 		}
-		go wait(large, size.Load)
+		go wait(w.window.lane(), large, size.Load)
 		synctest.Wait()
-		go wait(small, always(8192))
+		go wait(w, small, always(8192))
 		synctest.Wait()
 		w.release(a, true)
 		require.EqualValues(t, 8192, <-small)

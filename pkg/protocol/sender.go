@@ -31,13 +31,13 @@ type sender struct {
 
 	mu     sync.Mutex
 	urgent sync.Cond
-	bulk   sync.Cond
+	turns  sync.Pool // of *bulkTurn
 	// Guarded by mu:
-	busy        bool
-	waiting     int // urgent ones
-	waitingBulk int
-	overtaken   int // urgent ones in a row that went before a bulk one that waited
-	closed      bool
+	busy      bool
+	waiting   int         // urgent ones
+	bulk      []*bulkTurn // bulk ones, in the order in which they came
+	overtaken int         // urgent ones in a row that went before a bulk one that waited
+	closed    bool
 
 	// Used by the holder alone:
 	checking bool // what is written now is checked
@@ -46,6 +46,11 @@ type sender struct {
 	vec      [2][]byte
 	bufs     net.Buffers
 }
+
+// bulkTurn is a bulk packet that waits. The right is handed to it, and cannot be taken
+// by another one in between: else a device that always has a packet would keep it from
+// the others.
+type bulkTurn struct{ ready chan struct{} } // capacity 1
 
 // buffersWriter is a connection with its own way to write many slices in one
 // system call.
@@ -57,31 +62,48 @@ type buffersWriter interface {
 func (s *sender) init(w io.Writer) {
 	s.w = w
 	s.vectors, _ = w.(buffersWriter)
-	s.urgent.L, s.bulk.L = &s.mu, &s.mu
+	s.urgent.L = &s.mu
+	s.turns.New = func() any { return &bulkTurn{make(chan struct{}, 1)} }
 	s.head = make([]byte, 0, maxCoalesced+maxSmall)
 }
 
 // acquire waits for the right to write; false says that the connection ended.
 func (s *sender) acquire(pri Priority) bool {
+	if pri == PriorityBulk {
+		return s.acquireBulk()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if pri == PriorityUrgent {
-		s.waiting++
-		for (s.busy || s.bulkTurnLocked()) && !s.closed {
-			s.urgent.Wait()
-		}
-		s.waiting--
-		if s.waitingBulk > 0 {
-			s.overtaken++
-		}
-	} else {
-		s.waitingBulk++
-		for (s.busy || s.waiting > 0 && !s.bulkTurnLocked()) && !s.closed {
-			s.bulk.Wait()
-		}
-		s.waitingBulk--
-		s.overtaken = 0
+	s.waiting++
+	for (s.busy || s.bulkTurnLocked()) && !s.closed {
+		s.urgent.Wait()
 	}
+	s.waiting--
+	if len(s.bulk) > 0 {
+		s.overtaken++
+	}
+	return s.takeLocked()
+}
+
+func (s *sender) acquireBulk() bool {
+	s.mu.Lock()
+	if s.busy || s.waiting > 0 || len(s.bulk) > 0 {
+		t := s.turns.Get().(*bulkTurn)
+		s.bulk = append(s.bulk, t)
+		if s.closed {
+			s.releaseBulkLocked()
+		}
+		s.mu.Unlock()
+		<-t.ready
+		s.turns.Put(t)
+		s.mu.Lock()
+	}
+	defer s.mu.Unlock()
+	s.overtaken = 0
+	return s.takeLocked()
+}
+
+func (s *sender) takeLocked() bool {
 	if s.closed {
 		return false
 	}
@@ -90,29 +112,37 @@ func (s *sender) acquire(pri Priority) bool {
 	return true
 }
 
-// bulkTurnLocked says that a bulk packet has been overtaken often enough.
+// bulkTurnLocked reports whether a bulk packet has been overtaken often enough.
 func (s *sender) bulkTurnLocked() bool {
-	return s.waitingBulk > 0 && s.overtaken >= maxUrgentRun
+	return len(s.bulk) > 0 && s.overtaken >= maxUrgentRun
 }
 
 func (s *sender) release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.busy = false
-	if s.waiting > 0 && !s.bulkTurnLocked() {
-		s.urgent.Signal()
-	} else {
-		s.bulk.Signal()
+	if len(s.bulk) > 0 && (s.waiting == 0 || s.bulkTurnLocked()) {
+		s.bulk[0].ready <- struct{}{} // it is busy for that one
+		s.bulk = append(s.bulk[:0], s.bulk[1:]...)
+		return
 	}
+	s.busy = false
+	s.urgent.Signal()
 }
 
-// close wakes whoever waits.
+// close wakes all that wait.
 func (s *sender) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closed = true
 	s.urgent.Broadcast()
-	s.bulk.Broadcast()
+	s.releaseBulkLocked()
+}
+
+func (s *sender) releaseBulkLocked() {
+	for _, t := range s.bulk {
+		t.ready <- struct{}{}
+	}
+	s.bulk = nil
 }
 
 // writePacket writes one packet: its first bytes, which are few, and a payload
