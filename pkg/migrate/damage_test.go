@@ -18,6 +18,7 @@ import (
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
 // noise is a bad network, for one connection after another: it changes bits at
@@ -284,5 +285,26 @@ func TestPlainPeerAfterOneOfOursGetsTheBackground(t *testing.T) {
 		case <-time.After(time.Hour):
 			t.Error("nothing was sent in an hour")
 		}
+	})
+}
+
+// TestDestinationThatIsSlowToOpenIsNoDamage: what is sent before it has said what it
+// takes has no checksum, which is not a wrong one (fault X4).
+func TestDestinationThatIsSlowToOpenIsNoDamage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, want := testDisk(t, 4<<20, 1)
+		var log syncBuffer
+		src := newSource(t, SourceOptions{BlockSize: 4096, Listening: true, Log: slog.New(slog.NewTextHandler(&log, nil))}, SourceDisk{Name: "disk", Store: store})
+		dst := newDestination(t, DestinationOptions{Listening: true, Disks: 1}, func(n string, s uint64) storage.StorageProvider {
+			<-time.After(plainPatience * 3 / 2) // a large map on a busy disk
+			return memory(n, s)
+		})
+		m := migrate(t, src, dst, newWires())
+		require.Equal(t, []error{nil, nil}, m.end())
+		require.Positive(t, src.Status()[0].BytesSent-4<<20*3/4, "some of it went twice")
+		require.Zero(t, src.Status()[0].Damaged)
+		require.Zero(t, log.count("changed on the way"))
+		require.True(t, bytes.Equal(want, contents(t, dst.disks["disk"])))
+		require.NoError(t, dst.Close())
 	})
 }

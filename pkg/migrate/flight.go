@@ -14,6 +14,7 @@ type flight struct {
 	span   span
 	demand bool
 	hole   bool // a zero run of a hole
+	early  bool // sent before the other side had said that it wants checksums
 	mark   flightMark
 }
 
@@ -27,7 +28,7 @@ func (f *flight) sent(err error) error {
 
 // Complete takes the answer: the blocks are settled, or tried again.
 func (f *flight) Complete(err error) {
-	p, s := f.pump, f.span
+	p, s, early := f.pump, f.span, f.early
 	f.land(err == nil)
 	var refused *protocol.RemoteError
 	switch {
@@ -38,6 +39,9 @@ func (f *flight) Complete(err error) {
 	case errors.Is(err, protocol.ErrNoRoom):
 		p.greeted()
 		p.order.noRoom(s, time.Now())
+	case errors.As(err, &refused) && refused.Damaged && early: // it had no checksum yet
+		p.greeted()
+		p.order.again(s)
 	case errors.As(err, &refused) && refused.Damaged:
 		p.greeted()
 		p.again(s)

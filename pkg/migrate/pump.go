@@ -395,6 +395,8 @@ func (p *pump) sendZeroes(ctx context.Context, s span, pri protocol.Priority) er
 func (p *pump) takeOff(ctx context.Context, s span, n int64, pri protocol.Priority) (*flight, error) {
 	f := p.flights.Get().(*flight)
 	f.span, f.demand, f.hole = s, pri == protocol.PriorityUrgent, false
+	_, known := p.to.Peer()
+	f.early = !known
 	if !f.demand {
 		p.limit.owe(n)
 		f.mark = p.window.begin(n)
