@@ -51,6 +51,10 @@ var foreign = []struct {
 	{"github.com/loopholelabs/...", nil}, // its licence is not ours
 }
 
+// lab is the laboratory: what tries the product out. Only tests and the laboratory
+// itself may import it.
+const lab = "internal/lab/..."
+
 // pure is what pkg/protocol/wire does without: it is bytes and structs only.
 var pure = []string{"context", "net", "net/...", "os", "os/...", "sync", "sync/...", "syscall", "time"}
 
@@ -113,6 +117,8 @@ func checkImports(from string, file *ast.File, complain func(ast.Node, string, .
 				complain(spec, "%s is a new package: say in internal/house what it may import", from)
 			} else if !slices.ContainsFunc(allowed, func(a string) bool { return matches(a, inside) }) {
 				complain(spec, "%s imports %s: DESIGN has no such arrow", from, inside)
+			} else if matches(lab, inside) && !matches(lab, from) {
+				complain(spec, "%s imports %s: the laboratory is not part of the product", from, inside)
 			}
 		}
 		for _, f := range foreign {

@@ -51,6 +51,11 @@ func TestEveryImportThatDesignDoesNotAllowIsFound(t *testing.T) {
 		{"pkg/storage/sources", "internal/units", false},
 		{"pkg/new", "pkg/storage", false},
 		{"internal/demo", "pkg/migrate", true},
+		{"internal/lab/lives", "internal/control", true},
+		{"internal/lab/lives", "internal/lab/faults", true},
+		{"internal/demo", "internal/lab/lives", false},
+		{"cmd/silo-nbd", "internal/lab/lives", false},
+		{"pkg/lazy", "internal/lab/lives", false},
 	} {
 		source := "package x\n\nimport _ \"" + module + "/" + c.to + "\"\n"
 		root := fstest.MapFS{c.from + "/x.go": {Data: []byte(source)}, c.from + "/x_test.go": {Data: []byte(source)}}

@@ -1,0 +1,343 @@
+package lives
+
+import (
+	"errors"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
+)
+
+const (
+	// startBound, endBound and answerBound are for a machine that is busy with
+	// much else: whatever reaches one hangs.
+	startBound  = 20 * time.Second
+	endBound    = 20 * time.Second
+	answerBound = 20 * time.Second
+	// grace is how long a write is waited for that may have to wait.
+	grace = 4 * time.Millisecond
+)
+
+// check holds what the processes do against the model.
+func (r *run) check() error {
+	for _, p := range r.procs {
+		if err := r.attach(p); err != nil {
+			return err
+		}
+	}
+	if err := r.probe(); err != nil {
+		return err
+	}
+	for _, p := range r.procs {
+		if err := r.claims(p); err != nil {
+			return err
+		}
+	}
+	for _, p := range r.procs {
+		for _, e := range p.disks {
+			if err := r.readBack(p, e); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// attach notes what a destination has begun to receive.
+func (r *run) attach(p *process) error {
+	if p.kind != dest || p.seen {
+		return nil
+	}
+	p.look()
+	for _, e := range p.disks {
+		if e.ready && !e.fresh && !e.file.dest {
+			return violatedf("takeover", "%s serves %s, which was never received", p.label, e.as)
+		}
+		if !e.ready || !e.fresh {
+			continue
+		}
+		src := r.sourceAt(p.port, e.name)
+		if src == nil {
+			continue
+		}
+		e.fresh = false
+		f := p.host.file(e.as)
+		if f == nil {
+			f = &file{}
+			p.host.files[p.host.real(e.as)] = f
+		}
+		of := src.line
+		*f = file{host: p.host, line: of, dest: true}
+		if r.cloneAt(p.port) {
+			f.line = of.clone(r.nextLine())
+			f.line.owner = f
+		}
+		p.host.noted[p.host.real(e.as)] = false
+		e.file = f
+	}
+	return nil
+}
+
+// sourceAt is the file that the running source at a port has of a disk.
+func (r *run) sourceAt(at *port, disk string) *file {
+	for _, p := range r.procs {
+		if p.kind == dest || p.port != at {
+			continue
+		}
+		for _, e := range p.disks {
+			if e.name == disk && e.file != nil && e.file.line != nil && !p.seen {
+				return e.file
+			}
+		}
+	}
+	return nil
+}
+
+func (r *run) cloneAt(at *port) bool {
+	for _, p := range r.procs {
+		if p.kind == golden && p.port == at && !p.seen {
+			return true
+		}
+	}
+	return false
+}
+
+// probe finds out which processes answer writes, and that no two do for a line.
+func (r *run) probe() error {
+	type answering struct {
+		p *process
+		e *export
+	}
+	accepting := map[*line][]answering{}
+	for _, p := range r.procs {
+		for _, e := range p.disks {
+			if !r.accepts(p, e) {
+				continue
+			}
+			f := e.file
+			if f == nil || f.line == nil {
+				continue // a race with its first word
+			}
+			if err := r.owns(p, e); err != nil {
+				return err
+			}
+			accepting[f.line] = append(accepting[f.line], answering{p, e})
+		}
+	}
+	for l, all := range accepting {
+		if len(all) < 2 {
+			continue
+		}
+		// One may have stopped before the other began: both are asked again.
+		var still []string
+		for range 2 {
+			still = nil
+			for _, a := range all {
+				if r.accepts(a.p, a.e) {
+					still = append(still, a.p.label)
+				}
+			}
+		}
+		if len(still) > 1 {
+			return violatedf("two-owners", "of line %d: %s answer writes", l.id, strings.Join(still, " and "))
+		}
+	}
+	return nil
+}
+
+// accepts reports whether an export answers a write.
+func (r *run) accepts(p *process, e *export) bool {
+	was := e.accepts
+	e.accepts = false
+	if p.hasEnded() || !p.connect(e) {
+		return false
+	}
+	if e.probe == nil {
+		t := r.nextToken()
+		conn, done := e.conn, make(chan error, 1)
+		s := len(r.contents(e.name)) - 1 - int(uint64(t)%2)
+		go func() {
+			var b [sector]byte
+			fill(b[:], s, t)
+			_, err := conn.WriteAt(b[:], int64(s)*sector)
+			done <- err
+		}()
+		e.probe = done
+	}
+	bound := grace
+	if was && p.pending == nil {
+		bound = answerBound // it is live, and a write waits for nothing
+	}
+	timer := time.NewTimer(bound)
+	defer timer.Stop()
+	select {
+	case err := <-e.probe:
+		e.probe = nil
+		var no *nbdclient.Error
+		switch {
+		case err == nil:
+			e.accepts = true
+		case errors.As(err, &no):
+			// No room is no end: it is the owner still.
+			e.accepts = no.Errno == syscall.ENOSPC
+		default:
+			e.conn.Close() // it has ended already
+			e.conn = nil
+		}
+		return e.accepts
+	case <-timer.C:
+		return false
+	}
+}
+
+// owns notes that a process answers writes, and looks whether it may.
+func (r *run) owns(p *process, e *export) error {
+	f, l := e.file, e.file.line
+	l.seen = true
+	if l.owner == f {
+		return nil
+	}
+	if !l.offered {
+		return violatedf("takeover", "%s answers writes of %s (line %d), but %s is the owner and has not handed it off",
+			p.label, e.as, l.id, r.ownerName(l))
+	}
+	if o := l.owner; o != nil {
+		o.noted, o.local = true, nil
+		for _, n := range o.host.namesOf(o) {
+			o.host.noted[n] = true
+		}
+	}
+	l.owner, l.offered = f, false
+	f.local, f.gone = map[int]bool{}, false
+	return nil
+}
+
+func (r *run) ownerName(l *line) string {
+	if l.owner == nil {
+		return "nothing"
+	}
+	return l.owner.host.name + " " + strings.Join(l.owner.host.namesOf(l.owner), "=")
+}
+
+// readBack reads what was written where it was written, over NBD.
+func (r *run) readBack(p *process, e *export) error {
+	f := e.file
+	if f == nil || f.line == nil || f.line.owner != f || !e.accepts || p.hasEnded() || e.conn == nil || p.pending != nil {
+		return nil
+	}
+	for s := range f.local {
+		var b [sector]byte
+		conn := e.conn
+		err, ok := answer(answerBound, func() error {
+			_, err := conn.ReadAt(b[:], int64(s)*sector)
+			return err
+		})
+		if !ok {
+			return violatedf("hang", "%s does not answer a read of sector %d, which was written there", p.label, s)
+		}
+		if err != nil {
+			return nil // it is about to end, which is looked at
+		}
+		if got := name(b[:], s); !f.line.may(s, got, true) {
+			return violatedf("lost", "%s: sector %d of %s holds %s, want %s, which was acknowledged", p.label, s, e.as, got, f.line.cur[s])
+		}
+	}
+	return nil
+}
+
+// claims holds what a process has said of success against what is there.
+func (r *run) claims(p *process) error {
+	said := p.out.String()
+	if strings.Contains(said, "\npanic: ") || strings.Contains(said, "fatal error: ") || strings.Contains(said, "DATA RACE") {
+		return violatedf("crash", "%s has crashed", p.label)
+	}
+	if p.kind == dest && !p.claimed && strings.Contains(said, "the source is not needed any more") {
+		p.claimed = true
+		for _, e := range p.disks {
+			if err := r.complete(p, e, "has said that it is complete"); err != nil {
+				return err
+			}
+		}
+	}
+	if p.seen || !p.hasEnded() {
+		return nil
+	}
+	p.seen = true
+	p.close()
+	if p.kind != dest {
+		p.port.lead("")
+		if p.killed || p.code() != 0 || p.kind == golden {
+			return nil
+		}
+		return r.sourceDone(p)
+	}
+	if !p.killed && p.code() == 0 {
+		for _, e := range p.disks {
+			if err := r.complete(p, e, "has ended with 0"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// complete looks whether a destination's disk is all that it should be.
+func (r *run) complete(p *process, e *export, what string) error {
+	f := e.file
+	if f == nil {
+		f = p.host.file(e.as)
+	}
+	if f == nil || f.line == nil {
+		return violatedf("false-success", "%s %s, but has received nothing of %s", p.label, what, e.as)
+	}
+	if diff := r.holds(f); diff != "" {
+		return violatedf("false-success", "%s %s, but %s is not line %d: %s", p.label, what, e.as, f.line.id, diff)
+	}
+	f.whole = true
+	return nil
+}
+
+// holds says what a file lacks of its line; empty if nothing.
+func (r *run) holds(f *file) string {
+	all := f.host.namesOf(f)
+	if len(all) == 0 {
+		return "it has no name any more"
+	}
+	have, err := f.host.contents(all[0])
+	if err != nil {
+		return err.Error()
+	}
+	return f.line.differs(have)
+}
+
+// sourceDone looks whether all of a source's disks are elsewhere, which has
+// ended with 0.
+func (r *run) sourceDone(p *process) error {
+	for _, e := range p.disks {
+		f := e.file
+		if f.gone {
+			continue
+		}
+		l := f.line
+		if l.owner != f {
+			if diff := r.holds(l.owner); diff != "" {
+				return violatedf("false-success", "%s has ended with 0, but the owner of %s, %s, lacks something: %s", p.label, e.as, r.ownerName(l), diff)
+			}
+			f.gone = true
+			continue
+		}
+		found := false
+		for _, h := range r.hosts {
+			for _, o := range h.files {
+				if o != f && o.line == l && r.holds(o) == "" {
+					found = true
+				}
+			}
+		}
+		if !found {
+			return violatedf("false-success", "%s has ended with 0, but %s is not complete anywhere else, and was not handed off", p.label, e.as)
+		}
+	}
+	return nil
+}
