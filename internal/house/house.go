@@ -32,8 +32,8 @@ var arrows = []struct {
 	{"pkg/storage/...", []string{"pkg/storage"}},
 	{"pkg/protocol/wire", nil},
 	{"pkg/protocol", []string{"pkg/protocol/wire", "pkg/storage"}},
-	{"pkg/lazy", []string{"pkg/storage"}},
-	{"pkg/migrate", []string{"pkg/protocol", "pkg/lazy", "pkg/protocol/wire", "pkg/storage"}},
+	{"pkg/lazy", []string{"pkg/storage", "pkg/storage/bootfile"}},
+	{"pkg/migrate", []string{"pkg/protocol", "pkg/lazy", "pkg/protocol/wire", "pkg/storage", "pkg/storage/bootfile"}},
 	{"pkg/nbdexport", nil},
 	// The device of a migration and the places where disks lie are named in
 	// the wiring; the protocol is not.

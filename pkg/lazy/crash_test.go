@@ -103,6 +103,14 @@ func newCrashFile(size int64, grain int) *crashFile {
 	return &crashFile{grain: grain, now: make([]byte, size), durable: make([]byte, size), since: make(map[int][][]byte)}
 }
 
+// crashFileOf is one that holds b, durably.
+func crashFileOf(b []byte, grain int) *crashFile {
+	f := newCrashFile(int64(len(b)), grain)
+	copy(f.now, b)
+	copy(f.durable, b)
+	return f
+}
+
 // noteLocked remembers the units of [off, end) as they are now.
 func (f *crashFile) noteLocked(off, end int64) {
 	for u := int(off) / f.grain; u*f.grain < int(end); u++ {
@@ -172,6 +180,34 @@ func (f *crashFile) losePower(r *rand.Rand) {
 	}
 	f.since = make(map[int][][]byte)
 	f.now = bytes.Clone(f.durable)
+}
+
+// drop drops the clean units from the cache: of those that a sync has failed to
+// write what is durable comes to light.
+func (f *crashFile) drop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	was := f.now
+	f.now = bytes.Clone(f.durable)
+	f.resizeLocked(&f.now, len(was))
+	for u := range f.since {
+		if at := u * f.grain; at < len(was) {
+			copy(f.now[at:min(at+f.grain, len(was))], was[at:])
+		}
+	}
+}
+
+// failSync is a sync that fails as Linux has it fail: some of what was written is
+// durable, with r nil none of it, and all of it is clean.
+func (f *crashFile) failSync(r *rand.Rand) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for u, v := range f.since {
+		if at := u * f.grain; r != nil && r.IntN(2) == 0 && at < len(f.durable) {
+			copy(f.durable[at:], v[len(v)-1])
+		}
+	}
+	f.since = make(map[int][][]byte)
 }
 
 func (f *crashFile) bytes() []byte {
@@ -282,6 +318,18 @@ func (h handle) flush() error {
 	return nil
 }
 
+func (h handle) drop() error {
+	last, err := h.p.begin("drop " + h.name)
+	switch {
+	case err != nil:
+		return err
+	case last:
+		return errDead
+	}
+	h.f.drop()
+	return nil
+}
+
 // crashDisk is a crashFile as a disk, crashMap as the file of a map.
 type (
 	crashDisk struct{ handle }
@@ -289,14 +337,17 @@ type (
 )
 
 var (
-	_ storage.Zeroer = crashDisk{}
-	_ mapFile        = crashMap{}
+	_ storage.Zeroer       = crashDisk{}
+	_ storage.CacheDropper = crashDisk{}
+	_ mapFile              = crashMap{}
 )
 
 func (d crashDisk) Flush() error { return d.flush() }
 func (d crashDisk) Size() uint64 { return uint64(d.f.size()) }
 
 func (m crashMap) Sync() error          { return m.flush() }
+func (m crashMap) Drop() error          { return m.drop() }
+func (d crashDisk) DropCache() error    { return d.drop() }
 func (m crashMap) Size() (int64, error) { return m.f.size(), nil }
 
 func (m crashMap) Truncate(size int64) error {

@@ -136,7 +136,7 @@ func (f *flusher) begin(full bool) (*round, error) {
 // run makes a round, and gives back the disk's turn, and with both the map's.
 func (f *flusher) run(d *Device, r *round, both bool) {
 	if both {
-		defer func() { <-f.maps }()
+		defer f.leaveMap(d)
 		if b, ok := d.logged(); ok {
 			<-f.disk
 			r.end(f.final(d, d.saver.log(b)))
@@ -147,11 +147,14 @@ func (f *flusher) run(d *Device, r *round, both bool) {
 	if err != nil {
 		r.end(f.fail(d, err))
 		<-f.disk
+		if !both {
+			f.mark(d)
+		}
 		return
 	}
 	if !both {
 		f.maps <- struct{}{}
-		defer func() { <-f.maps }()
+		defer f.leaveMap(d)
 	}
 	<-f.disk
 	if r.before != nil && r.before.err != nil {
@@ -162,6 +165,25 @@ func (f *flusher) run(d *Device, r *round, both bool) {
 		return
 	}
 	r.end(f.final(d, d.saver.save(snap)))
+}
+
+// leaveMap gives the map's turn back.
+func (f *flusher) leaveMap(d *Device) {
+	<-f.maps
+	if f.broken.Load() {
+		f.mark(d)
+	}
+}
+
+// mark has the map say that a sync has failed. It does not wait for the map's turn:
+// who has it marks the map, too, when it gives the turn back.
+func (f *flusher) mark(d *Device) {
+	select {
+	case f.maps <- struct{}{}:
+		d.markFailed()
+		<-f.maps
+	default:
+	}
 }
 
 // final notes a failure that is not only for want of room.
@@ -179,7 +201,7 @@ func (f *flusher) alone(d *Device, do func() error) error {
 	f.disk <- struct{}{}
 	defer func() { <-f.disk }()
 	f.maps <- struct{}{}
-	defer func() { <-f.maps }()
+	defer f.leaveMap(d)
 	if err := f.failure(); err != nil {
 		return err
 	}

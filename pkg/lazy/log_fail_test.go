@@ -32,9 +32,7 @@ func TestEveryCorruptionOfTheLog(t *testing.T) {
 	_ = a.d.Close()
 	l, good, disk := a.d.saver.m.log, a.file.durable, a.disk.durable
 	open := func(b []byte) []byte {
-		m := &machine{disk: newCrashFile(int64(len(disk)), sectorSize), file: newCrashFile(int64(len(b)), 64)}
-		copy(m.disk.now, disk)
-		copy(m.file.now, b)
+		m := &machine{disk: crashFileOf(disk, sectorSize), file: crashFileOf(b, 64)}
 		d, err := m.start(newProcess(nil, -1), a.o)
 		if err != nil {
 			t.Fatal(err)

@@ -159,16 +159,21 @@ func lockMap(f osFile, want Identity) (*Map, error) {
 
 // openMap reads the map in file, and makes sure that what it read is durable.
 func openMap(file mapFile, want Identity) (*Map, error) {
+	// An earlier process may have been killed before it could make durable what
+	// it wrote. We believe it, so it has to be. And a sync that failed leaves the
+	// pages in the cache, marked clean, as if they were on the device: no later sync
+	// writes them, so they are dropped and read anew.
+	if err := file.Sync(); err != nil {
+		return nil, err
+	}
+	if err := file.Drop(); err != nil {
+		return nil, err
+	}
 	head, stale, err := readHeader(file)
 	if err != nil {
 		return nil, err
 	}
 	if err := head.id.match(want); err != nil {
-		return nil, err
-	}
-	// An earlier process may have been killed before it could make durable what
-	// it wrote. We believe it, so it has to be.
-	if err := file.Sync(); err != nil {
 		return nil, err
 	}
 	if stale >= 0 {

@@ -27,6 +27,9 @@ type mapFile interface {
 	Truncate(size int64) error
 	// Sync returns when all that was written before is on stable storage.
 	Sync() error
+	// Drop has what is read from now on read from the device, as far as it was
+	// written there. It comes after a Sync.
+	Drop() error
 }
 
 // osFile is a mapFile in a file system.
@@ -51,6 +54,16 @@ func (o osFile) Size() (int64, error) {
 
 func (o osFile) Sync() error {
 	return o.control("fdatasync", unix.Fdatasync)
+}
+
+// Drop gives the file's pages in the cache back. A file system without a cache of
+// pages may refuse that.
+func (o osFile) Drop() error {
+	err := o.control("fadvise", func(fd int) error { return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) })
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	return err
 }
 
 func (o osFile) NextData(off, end int64) (lo, hi int64, err error) {

@@ -22,6 +22,7 @@ const (
 
 	flagRevocable = 1 << 0 // all that was written here is known, also in fetched blocks
 	flagLog       = 1 << 1 // the map has a log
+	flagFailed    = 1 << 2 // a sync of the disk or the map has failed: what only the cache has does not count
 )
 
 // MapState is how far the device of a map is, as far as that is durable.
@@ -131,7 +132,7 @@ func decodeSlot(b []byte) (h header, err error) {
 			name, mapVersion, maxMapName)
 	case name > maxMapName:
 		return h, fmt.Errorf("%w: a name of %d bytes", ErrMapDamaged, name)
-	case h.flags&^(flagRevocable|flagLog) != 0:
+	case h.flags&^(flagRevocable|flagLog|flagFailed) != 0:
 		return h, fmt.Errorf("%w: it has flags %#x", ErrMapNewer, h.flags)
 	case h.state < MapStandby || h.state > MapComplete:
 		return h, fmt.Errorf("%w: its state is %d", ErrMapDamaged, uint32(h.state))

@@ -273,8 +273,7 @@ func TestD7EveryCorruptionOfTheHeader(t *testing.T) {
 	}
 	good := m.file.bytes()
 	open := func(b []byte) (*Map, []byte, error) {
-		f := newCrashFile(int64(len(b)), sectorSize)
-		copy(f.now, b)
+		f := crashFileOf(b, sectorSize)
 		on, err := openMap(crashMap{handle{f: f, p: newProcess(nil, -1), name: "map"}}, Identity{})
 		return on, f.bytes(), err
 	}

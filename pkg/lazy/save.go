@@ -117,7 +117,18 @@ func (d *Device) adopt(m *Map, o Options) error {
 	}
 	// What a crash has left of blocks that are missing is anything but zeroes.
 	d.knownZero.Store(o.KnownZero && m.fresh)
+	failed := h.flags&flagFailed != 0
+	if failed {
+		if err := d.distrust(m); err != nil {
+			return err
+		}
+	}
 	if h.state == MapComplete {
+		if failed {
+			if err := m.trusted(); err != nil {
+				return err
+			}
+		}
 		if err := m.shrink(); err != nil {
 			d.log.Warn("the map could not be shrunk; it is complete all the same", "map", m.path, "error", err)
 		}
@@ -142,6 +153,9 @@ func (d *Device) adopt(m *Map, o Options) error {
 	})
 	if err == nil && m.log != nil {
 		err = d.replay(m)
+	}
+	if err == nil && failed {
+		err = m.trusted() // what was read of the device is durable, and so is what replay wrote
 	}
 	if h.state == MapLive && err == nil {
 		d.enterLive()

@@ -71,6 +71,14 @@ type Trimmer interface {
 	TrimAt(off, length int64) error
 }
 
+// CacheDropper is storage behind a cache of the system's, such as a file's.
+type CacheDropper interface {
+	// DropCache has what is read from now on read from the device, as far as it was
+	// written there: what a write that failed has left in the cache is gone. Call it
+	// after a Flush.
+	DropCache() error
+}
+
 // Extenter is storage that knows where it has holes.
 type Extenter interface {
 	// ExtentAt describes the run that off lies in: it ends at end, and hole
