@@ -39,6 +39,14 @@ type fitted struct {
 
 func (f fitted) Size() uint64 { return f.size }
 
+// DropCache drops the cache of all of the store.
+func (f fitted) DropCache() error {
+	if c, ok := f.StorageProvider.(storage.CacheDropper); ok {
+		return c.DropCache()
+	}
+	return nil
+}
+
 func (f fitted) ReadAt(p []byte, off int64) (int, error) {
 	if err := storage.CheckRange(off, int64(len(p)), f.size); err != nil {
 		return 0, err
