@@ -190,9 +190,9 @@ func TestTooSmallDeviceIsRefused(t *testing.T) {
 }
 
 // loopDevice gives a block device with the content of a file, until the test's end.
-func loopDevice(t *testing.T, backing string) string {
+func loopDevice(t *testing.T, backing string, flags ...string) string {
 	t.Helper()
-	r := command(t, soon, "losetup", "--find", "--show", backing)
+	r := command(t, soon, "losetup", append(flags, "--find", "--show", backing)...)
 	if r.code != 0 {
 		lacking(t, "no loop device: %s", r.stderr)
 	}

@@ -101,6 +101,7 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 	if l.files, err = disks.OpenSource(specs, true); err != nil {
 		return l, err
 	}
+	warnOf(l.files, c)
 	var named []identity.LiveDisk
 	for i, file := range l.files {
 		s := specs[i]

@@ -15,6 +15,7 @@ import (
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
 // shutdownTimeout is how long clients that do not hear may hold up the end.
@@ -132,13 +133,24 @@ func (r *receiver) open(a migrate.Announcement) (migrate.DestinationDisk, error)
 }
 
 func (r *receiver) disk(d *disks.Disk) migrate.DestinationDisk {
+	warnOf([]*sources.File{d.File}, r.console)
 	if d.Map == nil {
 		r.mu.Lock()
 		r.forgets = true
 		r.mu.Unlock()
 		r.console.log.Warn("no --map for this disk: if dest ends before all is complete, the copy starts again", "disk", d.Path())
 	}
-	return migrate.DestinationDisk{Name: d.Name, Store: d.File, KnownZero: d.KnownZero, Map: d.Map}
+	return migrate.DestinationDisk{
+		Name: d.Name, Store: d.File, KnownZero: d.KnownZero, Map: d.Map,
+		Completed: func() { r.completed(d) },
+	}
+}
+
+// completed is told that a disk is whole from now on.
+func (r *receiver) completed(d *disks.Disk) {
+	if err := d.SetAccess(sources.AccessLive); err != nil {
+		r.console.log.Warn("others are kept from reading the disk although it is complete", "disk", d.Name, "error", err)
+	}
 }
 
 // resume serves what is here from an earlier run, before there is a source.

@@ -22,6 +22,7 @@ type sourceFlags struct {
 	wire      wireFlags
 	disks     []string
 	states    []string
+	shared    bool
 	blockSize units.Size
 	rate      units.Size
 	live      liveFlags
@@ -62,6 +63,7 @@ by then follows. From then on they are never served here again, also after a res
 	}
 	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
 	cmd.Flags().StringArrayVar(&f.states, "state", nil, "what is known of a disk is kept here, as `[NAME=]PATH`; may be given again (default: beside the disk; needed for a block device in /dev)")
+	cmd.Flags().BoolVar(&f.shared, "shared", false, "send a disk although others have it mounted or open: for one that is surely not written")
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
 	f.live.add(cmd)
@@ -86,6 +88,9 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("--block-size: %s is no block size: want a power of two from %s to %s",
 			f.blockSize.String(), units.Format(migrate.MinBlockSize), units.Format(migrate.MaxBlockSize))
 	}
+	if f.shared && !f.live.nbd.IsZero() {
+		return nil, usagef("--shared: with --nbd the disk is written here, and by nobody else")
+	}
 	if len(f.wire.allow) > 0 && f.wire.listen.IsZero() {
 		return nil, usagef("--tls-allow: it is for those who connect to us, and with --connect nobody does")
 	}
@@ -104,7 +109,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	if err != nil {
 		return err
 	}
-	files, err := disks.OpenSource(specs, false)
+	files, err := f.openFrozen(specs, c)
 	if err != nil {
 		return err
 	}

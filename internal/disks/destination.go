@@ -108,13 +108,13 @@ func (d *Destination) openExisting(path string) (*sources.File, error) {
 		if _, err := os.Stat(filepath.Dir(path)); err != nil {
 			return nil, err
 		}
-		return nil, nil
+		return nil, sources.CheckPath(path)
 	case err != nil:
 		return nil, err
 	case d.overwrite && info.Mode().IsRegular() && info.Size() == 0:
 		return nil, nil // no disk yet: nothing to lock and nothing to lose
 	}
-	f, err := sources.OpenFile(path, sources.FileOptions{}) // says what is in use, a directory, or not writable
+	f, err := sources.OpenFile(path, sources.FileOptions{Partial: true}) // says what is in use, a directory, or not writable
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func (d *Destination) create(path string, size int64) (*sources.File, error) {
 			return nil, err
 		}
 	}
-	f, err := sources.OpenFile(path, sources.FileOptions{Create: true, Size: size})
+	f, err := sources.OpenFile(path, sources.FileOptions{Create: true, Size: size, Partial: true})
 	if err != nil {
 		return nil, err
 	}

@@ -79,7 +79,7 @@ func resume(s Spec) (*Disk, error) {
 	if _, err := os.Stat(where); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	f, err := sources.OpenFile(s.Path, sources.FileOptions{})
+	f, err := sources.OpenFile(s.Path, sources.FileOptions{Partial: true})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s is the map of %s, which is gone: bring it back, or remove the map to begin anew", where, s.Path)
 	}

@@ -12,6 +12,16 @@ import (
 // OpenSource opens disks to send, to be read only or written to as well, all of
 // them or none. A disk of which dest has received only a part is none to send.
 func OpenSource(specs []Spec, write bool) (files []*sources.File, err error) {
+	return openSource(specs, sources.FileOptions{ReadOnly: !write})
+}
+
+// OpenShared is OpenSource for disks to be read that others may use meanwhile:
+// what speaks against it is in the warnings of the files.
+func OpenShared(specs []Spec) (files []*sources.File, err error) {
+	return openSource(specs, sources.FileOptions{ReadOnly: true, Shared: true})
+}
+
+func openSource(specs []Spec, o sources.FileOptions) (files []*sources.File, err error) {
 	defer func() {
 		if err == nil {
 			return
@@ -22,7 +32,7 @@ func OpenSource(specs []Spec, write bool) (files []*sources.File, err error) {
 		files = nil
 	}()
 	for _, s := range specs {
-		f, err := sources.OpenFile(s.Path, sources.FileOptions{ReadOnly: !write})
+		f, err := sources.OpenFile(s.Path, o)
 		if err != nil {
 			return files, err
 		}

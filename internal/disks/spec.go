@@ -34,7 +34,11 @@ func ParseSpec(s string) (Spec, error) {
 		if s == "" {
 			return Spec{}, errors.New("the path is empty: want [NAME=]PATH")
 		}
-		return Spec{Name: defaultName(s), Path: s}, nil
+		name := defaultName(s)
+		if err := CheckName(name); err != nil {
+			return Spec{}, fmt.Errorf("%w: give it another one, as in --disk NAME=%s", err, s)
+		}
+		return Spec{Name: name, Path: s}, nil
 	}
 	if name == "" || path == "" {
 		return Spec{}, fmt.Errorf("%q: want [NAME=]PATH, with something on both sides of the =", s)

@@ -67,8 +67,17 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	d.complete.Store(d.dev.Stats().Complete)
+	if d.dev.Stats().Complete {
+		d.completed()
+	}
 	return d, nil
+}
+
+// completed notes that the disk is complete, which may be said again.
+func (d *destDisk) completed() {
+	if !d.complete.Swap(true) && d.store.Completed != nil {
+		d.store.Completed()
+	}
 }
 
 func (d *destDisk) attach(from *protocol.FromProtocol) *lazy.Stream {
@@ -236,7 +245,7 @@ func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 		answer(fmt.Errorf("the source says that disk %q is complete: %w", a.disk.name, err))
 		return
 	}
-	a.disk.complete.Store(true)
+	a.disk.completed()
 	a.disk.log.Info("complete", "disk", a.disk.name, "received", a.disk.received.Load())
 	answer(nil)
 }

@@ -37,6 +37,9 @@ type DestinationDisk struct {
 	// Map remembers on disk what is here; nil keeps it in memory, and a restart
 	// begins anew. The Destination closes it.
 	Map *lazy.Map
+	// Completed is told once that the disk is complete, all of it durable, before
+	// the source hears so; also of one that was complete before. May be nil.
+	Completed func()
 }
 
 // Announcement is what a source says of a disk before it sends it.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -16,6 +15,12 @@ import (
 // FileOptions say how OpenFile opens.
 type FileOptions struct {
 	ReadOnly bool
+	// Partial says that what is there is not a disk yet: others must not read it
+	// either, until SetAccess(AccessLive).
+	Partial bool
+	// Shared opens, for reading only, also what others may write: what speaks
+	// against it is a warning.
+	Shared bool
 	// Create makes the file, sparse, if it does not exist.
 	Create bool
 	// Size is how many bytes are wanted: a new file gets them, an existing one
@@ -36,7 +41,13 @@ type File struct {
 	created bool
 	rdonly  bool
 
-	fastZero bool // found out when it was opened
+	fastZero bool     // found out when it was opened
+	warnings []string // of OpenFile
+
+	locking sync.Mutex
+	// Guarded by locking:
+	access  Access
+	noBytes bool // there are no locks of bytes here
 
 	flusher flusher
 
@@ -56,173 +67,6 @@ var (
 	_ storage.Extenter        = (*File)(nil)
 )
 
-// OpenFile opens a regular file or block device. It is locked (flock): one
-// that writes excludes all others, those that read exclude who writes. A file
-// that was created is on stable storage when OpenFile returns, with its
-// directory entry. Errors begin with the path and say what to do.
-func OpenFile(path string, o FileOptions) (*File, error) {
-	f, err := openFile(path, o)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, explain(err))
-	}
-	return f, nil
-}
-
-func openFile(path string, o FileOptions) (*File, error) {
-	if o.Size < 0 {
-		return nil, fmt.Errorf("a disk of %d bytes is not possible", o.Size)
-	}
-	info, err := os.Stat(path)
-	if errors.Is(err, os.ErrNotExist) && o.Create {
-		f, err := createFile(path, o)
-		if !errors.Is(err, os.ErrExist) {
-			return f, err
-		}
-		info, err = os.Stat(path) // somebody else was faster
-		if err != nil {
-			return nil, err
-		}
-	} else if err != nil {
-		return nil, err
-	}
-
-	file, err := openExisting(path, info, o.ReadOnly)
-	if err != nil {
-		return nil, err
-	}
-	f, err := newFile(path, file, o)
-	if err != nil {
-		file.Close() // the error to report is the one before
-		return nil, err
-	}
-	return f, nil
-}
-
-func openExisting(path string, info os.FileInfo, readOnly bool) (*os.File, error) {
-	flags := os.O_RDWR
-	if readOnly {
-		flags = os.O_RDONLY
-	}
-	switch {
-	case info.IsDir():
-		return nil, errDirectory
-	case info.Mode().IsRegular():
-		flags |= syscall.O_NONBLOCK // if a FIFO takes its place now, we do not hang
-	case isBlockDevice(info):
-		if !readOnly {
-			flags |= os.O_EXCL // refused while it is mounted or part of something
-		}
-	default:
-		return nil, errNoDisk
-	}
-	file, err := os.OpenFile(path, flags, 0)
-	if err != nil {
-		return nil, err
-	}
-	now, err := file.Stat()
-	if err == nil && now.Mode().Type() != info.Mode().Type() {
-		err = errors.New("it was replaced while it was being opened: try again")
-	}
-	if err != nil {
-		file.Close() // the error to report is the one before
-		return nil, err
-	}
-	return file, nil
-}
-
-// newFile locks and measures an open file. The caller closes it on error.
-func newFile(path string, file *os.File, o FileOptions) (*File, error) {
-	info, err := file.Stat()
-	if err != nil {
-		return nil, err
-	}
-	raw, err := file.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	f := &File{path: path, file: file, raw: raw, rdonly: o.ReadOnly, room: info.Size()}
-	f.quick.init(raw, info.Mode().IsRegular())
-	f.flusher.init(f.fdatasync)
-	if err := lock(raw, !o.ReadOnly, isBlockDevice(info)); err != nil {
-		return nil, err
-	}
-	if isBlockDevice(info) {
-		if f.block, err = examineBlockDevice(raw); err != nil {
-			return nil, err
-		}
-		if f.block.readOnly && !o.ReadOnly {
-			return nil, errReadOnlyDevice
-		}
-		f.room = f.block.size
-	}
-	f.size = f.room
-	if o.Size > 0 {
-		f.size = o.Size
-	}
-	switch {
-	case f.room == 0:
-		return nil, errEmpty
-	case f.room < f.size:
-		return nil, fmt.Errorf("too small: it has %d bytes and the disk needs %d: make it larger or choose another",
-			f.room, f.size)
-	}
-	f.fastZero = f.probeFastZero()
-	return f, nil
-}
-
-// createFile makes a sparse file of o.Size bytes. What it could not finish it
-// removes again.
-func createFile(path string, o FileOptions) (_ *File, err error) {
-	if o.Size == 0 {
-		return nil, errors.New("does not exist, and its size is not known: create it first")
-	}
-	if o.ReadOnly {
-		return nil, errors.New("does not exist, and a new disk cannot be read-only: create it first")
-	}
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, errNoDirectory
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(path) // best effort: the error to report is the one before
-			file.Close()
-		}
-	}()
-	if err := file.Truncate(o.Size); err != nil {
-		return nil, err
-	}
-	f, err := newFile(path, file, o)
-	if err != nil {
-		return nil, err
-	}
-	if err := file.Sync(); err != nil {
-		return nil, err
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		return nil, err
-	}
-	f.created = true
-	return f, nil
-}
-
-// syncDir makes a new entry of a directory durable.
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("sync its directory: %w", errno(err))
-	}
-	defer dir.Close() // only read
-	// EINVAL: the file system has no such thing as syncing a directory.
-	if err := dir.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) {
-		return fmt.Errorf("sync its directory: %w", errno(err))
-	}
-	return nil
-}
-
 // Path is the path that the file was opened with.
 func (f *File) Path() string { return f.path }
 
@@ -234,6 +78,9 @@ func (f *File) Room() uint64 { return uint64(f.room) }
 
 // IsBlockDevice says that it is no regular file.
 func (f *File) IsBlockDevice() bool { return f.block != nil }
+
+// Warnings returns what OpenFile has found that is not an error, a sentence each.
+func (f *File) Warnings() []string { return f.warnings }
 
 // Size implements storage.StorageProvider.
 func (f *File) Size() uint64 { return uint64(f.size) }

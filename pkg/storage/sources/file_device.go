@@ -1,11 +1,9 @@
 package sources
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -64,36 +62,4 @@ func ioctl(fd int, request uint, arg unsafe.Pointer) error {
 		return e
 	}
 	return nil
-}
-
-const (
-	deviceLockTries = 20
-	deviceLockPause = 50 * time.Millisecond
-)
-
-// lock takes the flock, or says errInUse. It does not wait for another
-// process, save that udev locks a device for a moment to look at it when
-// somebody has closed it, so a device is tried for a second.
-func lock(raw syscall.RawConn, exclusive, device bool) error {
-	how := unix.LOCK_SH
-	if exclusive {
-		how = unix.LOCK_EX
-	}
-	tries := 1
-	if device {
-		tries = deviceLockTries
-	}
-	for {
-		err := control(raw, func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			if err != nil {
-				return fmt.Errorf("lock it: %w", err)
-			}
-			return nil
-		}
-		if tries--; tries == 0 {
-			return errInUse
-		}
-		<-time.After(deviceLockPause)
-	}
 }

@@ -149,16 +149,17 @@ func TestBlockDeviceInUseIsRefused(t *testing.T) {
 	f, err := OpenFile(path, FileOptions{})
 	require.NoError(t, err)
 	_, err = OpenFile(path, FileOptions{})
-	require.EqualError(t, err, path+": in use: it is mounted, or another process has it: unmount it or stop that one first")
+	const busy = ": in use: this process has it: unmount it or stop what uses it first"
+	require.EqualError(t, err, path+busy)
 	_, err = OpenFile(path, FileOptions{ReadOnly: true})
-	require.EqualError(t, err, path+": in use by another process: stop that one first")
+	require.EqualError(t, err, path+busy)
 	require.NoError(t, f.Close())
 
 	reader, err := OpenFile(path, FileOptions{ReadOnly: true})
 	require.NoError(t, err)
-	defer reader.Close()
 	_, err = OpenFile(path, FileOptions{})
 	require.ErrorIs(t, err, syscall.EBUSY)
+	require.NoError(t, reader.Close())
 	_, err = OpenFile(path, FileOptions{ReadOnly: true, Size: 1<<20 + 1})
 	require.EqualError(t, err, path+": too small: it has 1048576 bytes and the disk needs 1048577: make it larger or choose another")
 }

@@ -2,6 +2,7 @@ package sources
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"syscall"
 )
@@ -17,14 +18,28 @@ func (a *advice) Unwrap() error { return a.cause }
 
 var (
 	errDirectory      = errors.New("is a directory: want a file or a block device")
-	errNoDisk         = errors.New("is neither a regular file nor a block device")
 	errNoDirectory    = &advice{"its directory does not exist: create it first", os.ErrNotExist}
 	errEmpty          = errors.New("is empty: want a disk with at least one byte")
-	errInUse          = &advice{"in use by another process: stop that one first", syscall.EBUSY}
 	errShrunk         = errors.New("the file has become shorter than it was when it was opened")
 	errReadOnlyDevice = &advice{"is a read-only device: make it writable (blockdev --setrw) or choose another", syscall.EROFS}
 	errReadOnly       = &advice{"it was opened for reading only", syscall.EPERM}
 )
+
+// notADisk says what something is that is neither a file nor a block device.
+func notADisk(info os.FileInfo) error {
+	what := "something else"
+	switch mode := info.Mode(); {
+	case mode.IsDir():
+		return errDirectory
+	case mode&os.ModeNamedPipe != 0:
+		what = "a FIFO"
+	case mode&os.ModeSocket != 0:
+		what = "a socket"
+	case mode&os.ModeCharDevice != 0:
+		what = "a character device"
+	}
+	return fmt.Errorf("is %s: want a regular file or a block device", what)
+}
 
 var adviceOf = map[syscall.Errno]string{
 	syscall.EBUSY:     "in use: it is mounted, or another process has it: unmount it or stop that one first",

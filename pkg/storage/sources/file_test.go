@@ -109,7 +109,7 @@ func TestOneDiskIsNeverOpenedTwiceForWriting(t *testing.T) { // D10
 	writer := create(t, path, 512)
 	for _, readOnly := range []bool{false, true} {
 		_, err := OpenFile(path, FileOptions{ReadOnly: readOnly})
-		require.EqualError(t, err, path+": in use by another process: stop that one first")
+		require.EqualError(t, err, path+": in use by this process already: give each disk once")
 		require.ErrorIs(t, err, syscall.EBUSY)
 	}
 	_, err := OpenFile(path, FileOptions{Create: true, Size: 512})
@@ -165,15 +165,16 @@ func TestOpenErrorsAreOneClearLine(t *testing.T) {
 		{"small/disk", FileOptions{Create: true, Size: 1}, "a part of the path is no directory: check the path"},
 		{"none", FileOptions{Create: true, Size: 1 << 62}, "the file system takes no file of this size: choose another place"},
 		{"none", FileOptions{Create: true, Size: -1}, "a disk of -1 bytes is not possible"},
-		{"dangling", FileOptions{Create: true, Size: 1}, "does not exist: check the path"},
+		{"dangling", FileOptions{Create: true, Size: 1}, "is a symbolic link to " + at("nowhere") + ", which does not exist: give that path, or remove the link"},
 		{"loop", FileOptions{}, "too many symbolic links: check the path"},
 		{".", FileOptions{}, "is a directory: want a file or a block device"},
 		{".", FileOptions{Create: true, Size: 1}, "is a directory: want a file or a block device"},
 		{"empty", FileOptions{}, "is empty: want a disk with at least one byte"},
 		{"empty", FileOptions{Create: true, Size: 1}, "is empty: want a disk with at least one byte"},
 		{"small", FileOptions{Size: 101}, "too small: it has 100 bytes and the disk needs 101: make it larger or choose another"},
-		{"fifo", FileOptions{}, "is neither a regular file nor a block device"},
-		{"/dev/null", FileOptions{}, "is neither a regular file nor a block device"},
+		{"fifo", FileOptions{}, "is a FIFO: want a regular file or a block device"},
+		{"fifo", FileOptions{Create: true, Size: 1}, "is a FIFO: want a regular file or a block device"},
+		{"/dev/null", FileOptions{}, "is a character device: want a regular file or a block device"},
 	} {
 		path := c.name
 		if !filepath.IsAbs(path) {
