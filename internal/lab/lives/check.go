@@ -122,6 +122,7 @@ func (r *run) probe() error {
 			if err := r.owns(p, e); err != nil {
 				return err
 			}
+			f.line.sure = p.pending == nil && !p.auto
 			accepting[f.line] = append(accepting[f.line], answering{p, e})
 		}
 	}
@@ -194,7 +195,7 @@ func (r *run) accepts(p *process, e *export) bool {
 // owns notes that a process answers writes, and looks whether it may.
 func (r *run) owns(p *process, e *export) error {
 	f, l := e.file, e.file.line
-	l.seen = true
+	l.seen, e.answered = true, true
 	if l.owner == f {
 		return nil
 	}
@@ -265,6 +266,13 @@ func (r *run) claims(p *process) error {
 	}
 	p.seen = true
 	p.close()
+	if !p.killed && !p.told && p.code() != 0 {
+		for _, e := range p.disks {
+			if f := e.file; e.answered && f != nil && f.line != nil && f.line.owner == f {
+				return violatedf("outage", "%s has ended by itself with %d, and was the owner of %s", p.label, p.code(), e.as)
+			}
+		}
+	}
 	if p.kind != dest {
 		p.port.lead("")
 		if p.killed || p.code() != 0 || p.kind == golden {
@@ -295,6 +303,13 @@ func (r *run) complete(p *process, e *export, what string) error {
 		return violatedf("false-success", "%s %s, but %s is not line %d: %s", p.label, what, e.as, f.line.id, diff)
 	}
 	f.whole = true
+	for _, h := range r.hosts {
+		for _, o := range h.files {
+			if o != f && o.line == f.line {
+				o.gone = true // a source of it may end with 0, also later
+			}
+		}
+	}
 	return nil
 }
 
@@ -330,7 +345,9 @@ func (r *run) sourceDone(p *process) error {
 		found := false
 		for _, h := range r.hosts {
 			for _, o := range h.files {
-				if o != f && o.line == l && r.holds(o) == "" {
+				// Of a host that was rolled back the disk may go on to its owner: then
+				// that is another line, and holds all of its own.
+				if o != f && o.line != nil && o.dest && (o.line == l || o.whole && len(o.line.cur) == len(l.cur)) && r.holds(o) == "" {
 					found = true
 				}
 			}

@@ -201,6 +201,8 @@ func (d *drawer) draw(r *run) string {
 	add(2, f != "", "ln "+h.name+" "+f+" "+newName)
 	add(2, f != "", "sym "+h.name+" "+f+" "+newName)
 	add(1, true, "fill "+h.name)
+	add(1, true, "ro "+h.name)
+	add(6, h.ro, "rw "+h.name)
 	add(3, h.full, "free "+h.name)
 	add(2, f != "", "inspect "+h.name+" "+f)
 	total := 0

@@ -36,7 +36,11 @@ type host struct {
 	noted map[string]bool   // by name: the state file beside it says that it was handed off
 	snaps map[string]*snap
 	full  bool
+	ro    bool // mounted for reading only
 }
+
+// stuck reports whether nothing can be made on the host's file system.
+func (h *host) stuck() bool { return h.full || h.ro }
 
 // snap is what was there of a disk at some time.
 type snap struct {
@@ -71,6 +75,9 @@ func newHost(name, dir, saved string) (*host, error) {
 
 // reset removes all that a run has left.
 func (h *host) reset() error {
+	if err := h.remount(false); err != nil {
+		return err
+	}
 	h.files, h.links, h.noted, h.snaps, h.full = map[string]*file{}, map[string]string{}, map[string]bool{}, map[string]*snap{}, false
 	return errors.Join(empty(h.dir), empty(h.run), empty(h.state))
 }
@@ -282,6 +289,22 @@ func (h *host) free() error {
 	}
 	h.full = false
 	return os.Remove(filepath.Join(h.dir, fillName))
+}
+
+// remount lets the file system be read only, or written again.
+func (h *host) remount(ro bool) error {
+	if !h.mounted || h.ro == ro {
+		return nil
+	}
+	flags := uintptr(unix.MS_REMOUNT)
+	if ro {
+		flags |= unix.MS_RDONLY
+	}
+	err := unix.Mount("lives", h.dir, "tmpfs", flags, fmt.Sprintf("size=%d", hostRoom))
+	if err == nil {
+		h.ro = ro
+	}
+	return err
 }
 
 type zeroes struct{}

@@ -1,6 +1,7 @@
 package lives
 
 import (
+	"cmp"
 	"flag"
 	"fmt"
 	"os"
@@ -24,6 +25,8 @@ var (
 	from    = flag.Uint64("lives.seed", 1, "the seed of the first run")
 	workers = flag.Int("lives.workers", 2*runtime.NumCPU(), "how many runs at once")
 	going   = flag.Bool("lives.all", false, "go on after a violation, and count them")
+	given   = flag.String("lives.bin", "", "the program that is tried (default: it is built)")
+	keeps   = flag.Bool("lives.keeps", false, "a dest that is killed has lost nothing that was acknowledged")
 	only    = flag.String("lives.story", "", "play only this story, and show what was said")
 )
 
@@ -69,7 +72,7 @@ func TestMain(m *testing.M) {
 }
 
 func testWorker(t *testing.T, bin string) *worker {
-	if bin == "" {
+	if bin = cmp.Or(bin, *given); bin == "" {
 		var err error
 		bin, err = program()
 		require.NoError(t, err)
@@ -77,7 +80,7 @@ func testWorker(t *testing.T, bin string) *worker {
 	sweep()
 	dir, err := os.MkdirTemp("", fmt.Sprintf("lives-%d-", os.Getpid())) // short: socket paths lie in it
 	require.NoError(t, err)
-	w, err := newWorker(bin, dir, false)
+	w, err := newWorker(bin, dir, *keeps)
 	require.NoError(t, err)
 	t.Cleanup(func() {
 		require.NoError(t, w.close())

@@ -70,6 +70,9 @@ type line struct {
 	offered bool
 	// seen tells whether a process has been seen to answer writes.
 	seen bool
+	// sure tells that the owner is known: nothing has happened since it was seen
+	// that may have made another one of which nothing was seen.
+	sure bool
 	// tampered tells that somebody else has written to the disk while a
 	// destination had it: reads of missing blocks may see that.
 	tampered bool

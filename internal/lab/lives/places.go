@@ -33,13 +33,16 @@ func (r *run) restore(w []string) (bool, error) {
 	which, n := w[2], h.real(w[3])
 	inPlace, withAttrs := slices.Contains(w, "inplace"), !slices.Contains(w, "plain")
 	was := h.files[n]
-	if was != nil && r.inUse(was) || strings.Contains(which, "m") && !strings.Contains(s.parts, "m") || h.full {
+	if was != nil && r.inUse(was) || strings.Contains(which, "m") && !strings.Contains(s.parts, "m") || h.stuck() {
 		return false, nil
 	}
 	if was == nil && !strings.Contains(which, "d") {
 		return false, nil
 	}
 	r.weird = true
+	if was != nil {
+		r.doubt(was)
+	}
 	if err := s.put(h, n, which, inPlace && was != nil, withAttrs); err != nil {
 		return true, err
 	}
@@ -107,10 +110,11 @@ func (r *run) onlyBeside(h *host, s *snap, n string) error {
 func (r *run) tamper(w []string) (bool, error) {
 	h := r.host(w[0])
 	f := h.file(w[1])
-	if f == nil || f.line == nil || r.inUse(f, frozen) || h.full || !f.whole {
+	if f == nil || f.line == nil || r.inUse(f, frozen) || h.stuck() || !f.whole {
 		return false, nil
 	}
 	r.weird = true
+	r.doubt(f)
 	seed, _ := strconv.ParseUint(w[2], 10, 64)
 	rnd := rand.New(rand.NewPCG(seed, 3))
 	path := h.path(w[1])
@@ -157,7 +161,7 @@ func (r *run) replace(w []string) (bool, error) {
 	h := r.host(w[0])
 	n := h.real(w[1])
 	was := h.files[n]
-	if was == nil || r.inUse(was) || h.full {
+	if was == nil || r.inUse(was) || h.stuck() {
 		return false, nil
 	}
 	r.weird = true
@@ -189,7 +193,7 @@ func (r *run) received(f *file) bool {
 func (r *run) move(w []string) (bool, error) {
 	h := r.host(w[0])
 	f := h.files[w[1]]
-	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || r.inUse(f) || diskName(w[1]) != diskName(w[2]) {
+	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || r.inUse(f) || diskName(w[1]) != diskName(w[2]) || h.ro {
 		return false, nil
 	}
 	r.weird = true
@@ -214,7 +218,7 @@ func (r *run) move(w []string) (bool, error) {
 func (r *run) hardLink(w []string) (bool, error) {
 	h := r.host(w[0])
 	f := h.files[w[1]]
-	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.full {
+	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.stuck() {
 		return false, nil
 	}
 	if err := os.Link(h.path(w[1]), h.path(w[2])); err != nil {
@@ -227,7 +231,7 @@ func (r *run) hardLink(w []string) (bool, error) {
 // symLink: sym HOST FILE NEW
 func (r *run) symLink(w []string) (bool, error) {
 	h := r.host(w[0])
-	if h.files[w[1]] == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.full {
+	if h.files[w[1]] == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.stuck() {
 		return false, nil
 	}
 	if err := os.Symlink(h.path(w[1]), h.path(w[2])); err != nil {

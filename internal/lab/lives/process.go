@@ -38,7 +38,7 @@ type process struct {
 	port  *port // a source is reached there; a destination connects to it
 	from  string
 
-	reclaim, overwrite bool
+	reclaim, overwrite, auto bool
 
 	cmd     *exec.Cmd
 	out     *output
@@ -63,7 +63,9 @@ type export struct {
 	probe   chan error
 	accepts bool // the last probe was answered without an error
 	ready   bool // it has said so
-	fresh   bool // what the file holds is to be replaced, or there is none
+	// answered tells that a write was answered once.
+	answered bool
+	fresh    bool // what the file holds is to be replaced, or there is none
 }
 
 // output is what a process has said.

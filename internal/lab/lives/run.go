@@ -29,6 +29,8 @@ type run struct {
 	// weird tells that something was done after which a move need not come to
 	// its end by itself.
 	weird bool
+	// over tells that the model does not know how it goes on.
+	over bool
 	// killKeeps tells that a kill of dest loses nothing that was answered.
 	killKeeps bool
 }
@@ -154,7 +156,7 @@ func (r *run) step(text string) error {
 	if made {
 		r.done = append(r.done, text)
 	}
-	if err != nil || !made {
+	if err != nil || !made || r.over {
 		return err
 	}
 	r.poll()

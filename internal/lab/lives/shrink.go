@@ -31,7 +31,7 @@ func (f *Failure) String() string {
 func (w *worker) play(seed uint64, next func(*run) string) (r *run, err error) {
 	r, err = w.begin(seed)
 	defer r.end()
-	for err == nil {
+	for err == nil && !r.over {
 		step := next(r)
 		if step == "" {
 			break

@@ -47,7 +47,7 @@ func init() {
 
 		"snap": (*run).snap, "restore": (*run).restore, "tamper": (*run).tamper,
 		"mv": (*run).move, "ln": (*run).hardLink, "sym": (*run).symLink,
-		"fill": (*run).fill, "free": (*run).free, "inspect": (*run).inspect,
+		"fill": (*run).fill, "free": (*run).free, "ro": (*run).readOnly, "rw": (*run).readWrite, "inspect": (*run).inspect,
 	}
 }
 
@@ -74,7 +74,7 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 	if slices.Contains(w, "slow") {
 		args = append(args, "--rate", slowRate)
 	}
-	if k == live && slices.Contains(w, "auto") {
+	if p.auto = k == live && slices.Contains(w, "auto"); p.auto {
 		args = append(args, "--handoff", "auto")
 	}
 	before := map[string][]token{}
@@ -99,11 +99,13 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 		}
 		if p.reclaim {
 			r.weird = true
+			r.doubt(e.file)
 			r.reclaimed(e, before[e.as])
 			l = e.file.line
 		}
 		if l.owner == e.file && k != golden {
 			l.offered = true
+			l.sure = l.sure && k == live
 		}
 	}
 	// Destinations that wait for it go on.
@@ -271,6 +273,7 @@ func (r *run) handoff(w []string) (bool, error) {
 	if p == nil || p.kind != live || p.pending != nil {
 		return false, nil
 	}
+	r.unsure(p)
 	done := make(chan error, 1)
 	go func() {
 		done <- p.steer(sureBound, func(ctx context.Context, c *control.Client) error { return c.Handoff(ctx) })
@@ -285,12 +288,36 @@ func (r *run) handoff(w []string) (bool, error) {
 	return true, nil
 }
 
+// unsure notes that a process may hand off its disks.
+func (r *run) unsure(p *process) {
+	for _, e := range p.disks {
+		if e.file != nil && e.file.line != nil {
+			e.file.line.sure = false
+		}
+	}
+}
+
+// doubt ends the run if a file that seems to be the owner may have been handed
+// off without being seen, since what is done to it now means another thing then.
+func (r *run) doubt(f *file) {
+	l := f.line
+	if l == nil || l.owner != f || l.sure || !l.offered {
+		return
+	}
+	for _, h := range r.hosts {
+		for _, o := range h.files {
+			r.over = r.over || o != f && o.line == l && o.dest
+		}
+	}
+}
+
 // killHandoff: killhandoff LABEL SEED: the source is killed in the handoff.
 func (r *run) killHandoff(w []string) (bool, error) {
 	p := r.proc(w[0])
 	if p == nil || p.kind != live || p.pending != nil {
 		return false, nil
 	}
+	r.unsure(p)
 	seed, _ := strconv.ParseUint(w[1], 10, 64)
 	time.AfterFunc(time.Duration(seed%20)*time.Millisecond, func() { _ = p.cmd.Process.Kill() })
 	_ = p.steer(answerBound, func(ctx context.Context, c *control.Client) error { return c.Handoff(ctx) }) // it dies
@@ -439,7 +466,7 @@ func (r *run) stopped(h *host, do func() error) error {
 // fill: fill HOST; free: free HOST
 func (r *run) fill(w []string) (bool, error) {
 	h := r.host(w[0])
-	if !h.mounted || h.full {
+	if !h.mounted || h.stuck() {
 		return false, nil
 	}
 	r.weird = true
@@ -448,8 +475,26 @@ func (r *run) fill(w []string) (bool, error) {
 
 func (r *run) free(w []string) (bool, error) {
 	h := r.host(w[0])
-	if !h.full {
+	if !h.full || h.ro {
 		return false, nil
 	}
 	return true, h.free()
+}
+
+// ro: ro HOST: the file system is for reading only; rw: rw HOST
+func (r *run) readOnly(w []string) (bool, error) {
+	h := r.host(w[0])
+	if !h.mounted || h.ro {
+		return false, nil
+	}
+	r.weird = true
+	return h.remount(true) == nil, nil // not while something is written
+}
+
+func (r *run) readWrite(w []string) (bool, error) {
+	h := r.host(w[0])
+	if !h.ro {
+		return false, nil
+	}
+	return true, h.remount(false)
 }

@@ -94,7 +94,7 @@ var stories = []story{
 	}, ""},
 	{"the host of the source is full", []string{ // B1
 		"live s1 A d0", "dest p1 B d0 A0", "fill A", "handoff s1", "write s1 d0 1", "free A", "handoff s1", "write p1 d0 2", "await p1",
-	}, ""},
+	}, "B1"},
 	{"the host of the destination is full", []string{ // F13
 		"live s1 A d0 slow", "dest p1 B d0 A0", "fill B", "handoff s1", "write p1 d0 1", "free B", "fast s1", "write p1 d0 2", "await p1",
 	}, ""},
@@ -114,4 +114,15 @@ var stories = []story{
 	{"a live source is started again before the handoff", []string{
 		"live s1 A d0", "dest p1 B d0 A0", "await p1", "write s1 d0 1", "kill s1", "live s2 A d0", "write s2 d0 2", "handoff s2", "await p1", "read p1 d0",
 	}, ""},
+	{"a source that can keep no identity comes back changed", []string{
+		"ro A", "source s1 A d0 slow", "dest p1 B d0 A0", "kill s1", "rw A", "tamper A d0 1", "ro A", "source s2 A d0", "await s2",
+	}, "F6"},
+	{"a copy of a source has changed and goes on for it", []string{
+		"source s0 A d0 slow", "kill s0", "snap A d0 t1", "restore A t1 ds e0", "source s1 A d0 slow", "dest p1 B d0 A0", "swap A0", "kill s1",
+		"tamper A e0 1", "source s2 A e0", "await s2", "await p1",
+	}, "A5"},
+	{"a copy of a live source goes on for it", []string{
+		"live s0 A d0", "kill s0", "snap A d0 t1", "restore A t1 ds e0", "live s1 A d0", "dest p1 B d0 A0", "await p1", "kill s1",
+		"live s2 A e0", "write s2 d0 1", "handoff s2", "await p1",
+	}, "A5"},
 }

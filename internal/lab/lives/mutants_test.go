@@ -1,0 +1,101 @@
+package lives
+
+import (
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+var (
+	withMutants = flag.Bool("lives.mutants", false, "take known mends out, one after the other, and see that the model finds it")
+	mutantRuns  = flag.Uint64("lives.mutantruns", 400, "in how many runs at most")
+)
+
+// mutant is the program without a mend.
+type mutant struct {
+	fault string
+	edits []edit
+}
+
+// edit replaces text that stands once in a file.
+type edit struct{ file, from, to string }
+
+var mutants []mutant
+
+// TestMutants shows that the model is worth something: it finds known faults
+// again when what mends them is taken out.
+func TestMutants(t *testing.T) {
+	if !*withMutants {
+		t.Skip("minutes of work: scripts/lives mutants")
+	}
+	for _, m := range mutants {
+		t.Run(m.fault, func(t *testing.T) {
+			bin := m.build(t)
+			began := time.Now()
+			var next atomic.Uint64
+			var mu sync.Mutex
+			var found *Failure
+			var wg sync.WaitGroup
+			for range *workers {
+				w := testWorker(t, bin)
+				wg.Go(func() {
+					for seed := next.Add(1); seed <= *mutantRuns; seed = next.Add(1) {
+						mu.Lock()
+						done := found != nil
+						mu.Unlock()
+						if done {
+							return
+						}
+						if f := w.draw(seed, 10*time.Second); f != nil {
+							mu.Lock()
+							found = f
+							mu.Unlock()
+						}
+					}
+				})
+			}
+			wg.Wait()
+			require.NotNil(t, found, "%s was not found in %d runs", m.fault, *mutantRuns)
+			t.Logf("found after %d runs, %v: %v\n%s", next.Load(), time.Since(began).Round(time.Second), found.Err, strings.Join(found.Steps, "\n"))
+		})
+	}
+}
+
+// build builds the program with the edits laid over its source.
+func (m mutant) build(t *testing.T) string {
+	dir := t.TempDir()
+	root, err := filepath.Abs("../../..")
+	require.NoError(t, err)
+	texts := map[string]string{}
+	for _, e := range m.edits {
+		path := filepath.Join(root, e.file)
+		if _, ok := texts[path]; !ok {
+			b, err := os.ReadFile(path)
+			require.NoError(t, err)
+			texts[path] = string(b)
+		}
+		require.Equal(t, 1, strings.Count(texts[path], e.from), "the mend of %s is not in %s as it was: look for %q", m.fault, e.file, e.from)
+		texts[path] = strings.Replace(texts[path], e.from, e.to, 1)
+	}
+	overlay := struct{ Replace map[string]string }{map[string]string{}}
+	for path, text := range texts {
+		to := filepath.Join(dir, strings.ReplaceAll(filepath.Base(filepath.Dir(path))+"_"+filepath.Base(path), string(filepath.Separator), "_"))
+		require.NoError(t, os.WriteFile(to, []byte(text), 0o600))
+		overlay.Replace[path] = to
+	}
+	b, err := json.Marshal(overlay)
+	require.NoError(t, err)
+	where := filepath.Join(dir, "overlay.json")
+	require.NoError(t, os.WriteFile(where, b, 0o600))
+	bin, err := build(filepath.Join(dir, "silo-nbd"), "-overlay", where)
+	require.NoError(t, err, m.fault)
+	return bin
+}
