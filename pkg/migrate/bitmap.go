@@ -28,6 +28,15 @@ func (b bitmap) setAll() {
 	}
 }
 
+// setRange sets [from, to).
+func (b bitmap) setRange(from, to int64) {
+	for from < to {
+		mask, next := wordMask(from, to)
+		b.words[from>>6] |= mask
+		from = next
+	}
+}
+
 // clearRange clears [from, to) and returns how many bits of it were set.
 func (b bitmap) clearRange(from, to int64) (cleared int64) {
 	for from < to {

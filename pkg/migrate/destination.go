@@ -267,7 +267,7 @@ func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, er
 	case known != nil:
 		return known, false, known.same(di)
 	case d.opts.Disks > 0 && n >= d.opts.Disks:
-		return nil, false, fmt.Errorf("the source brings another disk, %q: %d expected", di.Name, d.opts.Disks)
+		return nil, false, fmt.Errorf("the source brings another disk, %q: %d expected", cut(di.Name, maxName), d.opts.Disks)
 	case n >= maxDisks:
 		return nil, false, fmt.Errorf("the source brings more than %d disks", maxDisks)
 	}
@@ -276,11 +276,11 @@ func (d *Destination) disk(di *protocol.DevInfo) (disk *destDisk, fresh bool, er
 	}
 	geo, err := newGeometry(int64(di.Size), int64(di.BlockSize))
 	if err != nil {
-		return nil, false, fmt.Errorf("disk %q: the source announces %w", di.Name, err)
+		return nil, false, fmt.Errorf("disk %q: the source announces %w", cut(di.Name, maxName), err)
 	}
 	if blocks+geo.blocks > maxBlocks {
 		return nil, false, fmt.Errorf("disk %q: %d blocks of %d bytes are more than are taken: let the source use a larger --block-size",
-			di.Name, geo.blocks, geo.blockSize)
+			cut(di.Name, maxName), geo.blocks, geo.blockSize)
 	}
 	disk, err = d.open(di)
 	if err != nil {
@@ -294,11 +294,11 @@ func (d *Destination) open(di *protocol.DevInfo) (*destDisk, error) {
 	a := announcement(di)
 	opened, err := d.opts.Open(a)
 	if err != nil {
-		return nil, fmt.Errorf("disk %q: %w", di.Name, err)
+		return nil, fmt.Errorf("disk %q: %w", cut(di.Name, maxName), err)
 	}
 	disk, err := newDestDisk(a, di.Extension == nil, opened, d.log)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("disk %q: %w", di.Name, err), opened.close())
+		return nil, errors.Join(fmt.Errorf("disk %q: %w", cut(di.Name, maxName), err), opened.close())
 	}
 	return disk, nil
 }
@@ -350,7 +350,7 @@ func (d *Destination) add(name string, disk *destDisk) error {
 	case d.closed:
 		err = ErrClosed
 	case d.byName[name] != nil:
-		err = fmt.Errorf("the source brings two disks called %q", name)
+		err = fmt.Errorf("the source brings two disks called %q", cut(name, maxName))
 	default:
 		d.byName[name] = disk
 		d.disks = append(d.disks, disk)

@@ -39,23 +39,12 @@ func (l *liveOrder) stale(block int64) bool {
 	return l.dirt.get(block) && l.holds.get(block)
 }
 
-// claimed notes that the destination claims the blocks of s, and returns the
-// runs of them that are as they are here (trap M14).
-func (l *liveOrder) claimed(s span, clean func(span)) {
-	from := s.from
-	for b := s.from; b < s.to; b++ {
-		l.holds.set(b)
-		l.seen.set(b)
-		if l.dirt.get(b) {
-			if from < b {
-				clean(span{from, b})
-			}
-			from = b + 1
-		}
-	}
-	if from < s.to {
-		clean(span{from, s.to})
-	}
+// claimed notes that the destination claims the blocks of s, and returns a word of
+// those that are not as they are here: they do not count as claimed (trap M14).
+func (l *liveOrder) claimed(s span) (dirty func(word int64) uint64) {
+	l.holds.setRange(s.from, s.to)
+	l.seen.setRange(s.from, s.to)
+	return func(word int64) uint64 { return l.dirt.dirty[word].Load() }
 }
 
 // take makes [from, to), which is about to be read and sent, clean. What the

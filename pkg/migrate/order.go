@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"maps"
+	"math/bits"
 	"slices"
 	"sync"
 	"time"
@@ -105,9 +106,22 @@ func (o *order) ask(off, length int64) {
 	}
 }
 
+// hintLocked notes a range that goes before the background. Its cost is a word of the
+// bitmaps for 64 blocks: a packet of a few bytes may name millions of them.
 func (o *order) hintLocked(s span) {
-	for b := s.from; b < s.to; b++ {
-		o.reviveLocked(b)
+	for from := s.from; from < s.to; {
+		mask, next := wordMask(from, s.to)
+		w := from >> 6
+		fresh := mask &^ (o.pending.words[w] | o.flying.words[w])
+		o.pending.words[w] |= fresh
+		o.left += int64(bits.OnesCount64(fresh))
+		from = next
+	}
+	for _, d := range o.delayed { // these come back by themselves
+		if d.block >= s.from && d.block < s.to && o.pending.get(d.block) {
+			o.pending.clear(d.block)
+			o.left--
+		}
 	}
 	o.hints.push(s) // a hint that does not fit is only a hint
 	notify(o.bulkWake)
@@ -144,26 +158,36 @@ func (o *order) drop(off, length int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.live != nil {
-		o.live.claimed(s, o.dropLocked)
+		o.dropLocked(s, o.live.claimed(s))
 	} else {
-		o.dropLocked(s)
+		o.dropLocked(s, nil)
 	}
 	notify(o.bulkWake) // the rest may have waited for one of these
 	o.settleLocked()
 }
 
-func (o *order) dropLocked(s span) {
-	o.left -= o.pending.clearRange(s.from, s.to)
-	o.asked.clearRange(s.from, s.to)
-	for b := o.flying.next(s.from); b >= 0 && b < s.to; b = o.flying.next(b + 1) {
-		o.unneeded[b] = struct{}{}
+// dropLocked notes that the blocks of s are not needed, but for those that are set in
+// the words of keep, if that is not nil. Its cost is that of hintLocked.
+func (o *order) dropLocked(s span, keep func(word int64) uint64) {
+	for from := s.from; from < s.to; {
+		mask, next := wordMask(from, s.to)
+		w := from >> 6
+		if keep != nil {
+			mask &^= keep(w)
+		}
+		o.left -= int64(bits.OnesCount64(o.pending.words[w] & mask))
+		o.pending.words[w] &^= mask
+		o.asked.words[w] &^= mask
+		for v := o.flying.words[w] & mask; v != 0; v &= v - 1 {
+			o.unneeded[w<<6+int64(bits.TrailingZeros64(v))] = struct{}{}
+		}
+		from = next
 	}
-	o.delayed = slices.DeleteFunc(o.delayed, func(d delayedBlock) bool {
-		return d.block >= s.from && d.block < s.to
-	})
-	maps.DeleteFunc(o.attempts, func(b int64, _ int) bool {
-		return b >= s.from && b < s.to && !o.flying.get(b)
-	})
+	dropped := func(b int64) bool {
+		return b >= s.from && b < s.to && (keep == nil || keep(b>>6)&(1<<(b&63)) == 0)
+	}
+	o.delayed = slices.DeleteFunc(o.delayed, func(d delayedBlock) bool { return dropped(d.block) })
+	maps.DeleteFunc(o.attempts, func(b int64, _ int) bool { return dropped(b) && !o.flying.get(b) })
 }
 
 // nextUrgent takes the next run of at most limit blocks that were asked for,
@@ -204,14 +228,17 @@ func (o *order) scanUrgentLocked(limit int64) (span, bool) {
 // nextAskedLocked returns the first block of [from, to) that is both asked for
 // and pending, or -1.
 func (o *order) nextAskedLocked(from, to int64) int64 {
-	for b := o.asked.next(from); b >= 0 && b < to; b = o.asked.next(b + 1) {
-		switch {
-		case !o.pending.get(b):
-		case o.live != nil && o.live.stale(b):
+	for from < to {
+		mask, next := wordMask(from, to)
+		w := from >> 6
+		for v := o.asked.words[w] & o.pending.words[w] & mask; v != 0; v &= v - 1 {
+			b := w<<6 + int64(bits.TrailingZeros64(v))
+			if o.live == nil || !o.live.stale(b) {
+				return b
+			}
 			o.setAsideLocked(b)
-		default:
-			return b
 		}
+		from = next
 	}
 	return -1
 }

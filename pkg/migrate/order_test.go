@@ -243,3 +243,49 @@ func BenchmarkOrder(b *testing.B) {
 		})
 	}
 }
+
+// TestAskForGigabytesCostsLittle: a few bytes from the other side hold the lock for no
+// longer than a pass over a bitmap, a word at a time (fault C3).
+func TestAskForGigabytesCostsLittle(t *testing.T) {
+	geo, err := newGeometry(2<<30, 512)
+	require.NoError(t, err)
+	o := newOrder(geo)
+	l := newLiveOrder(geo, newDirt(geo), make(chan struct{}, 1))
+	b := newBitmap(geo.blocks)
+	began, n := time.Now(), 0
+	for i := range geo.blocks { // what a look at each block costs at least
+		if b.get(i) {
+			n++
+		}
+	}
+	each := time.Since(began)
+	require.Zero(t, n)
+	for what, do := range map[string]func(off, length int64){
+		"ask": o.ask, "drop": o.drop, "ask of a live disk": l.ask, "drop of a live disk": l.drop,
+	} {
+		least := time.Hour
+		for range 10 {
+			began := time.Now()
+			do(0, 2<<30)
+			least = min(least, time.Since(began))
+		}
+		t.Logf("%s: %v; a look at each block takes %v", what, least, each)
+		require.Less(t, least, each/4, what)
+	}
+	require.Zero(t, o.unsettled())
+}
+
+// A hint leaves alone what flies and what comes back by itself.
+func TestHintDoesNotTakeWhatIsOnItsWay(t *testing.T) {
+	o := testOrder(t, 4096)
+	flies, _, _ := o.takeNext(100)
+	failed, _, _ := o.takeNext(100)
+	require.True(t, o.failed(failed, time.Now()))
+	o.ask(0, o.geo.size) // with what is more than urgentBytes as a hint
+	require.EqualValues(t, 4096-flies.len()-failed.len(), o.left)
+	for b := range o.geo.blocks {
+		on := b >= flies.from && b < flies.to || b >= failed.from && b < failed.to
+		require.Equal(t, !on, o.pending.get(b), "block %d", b)
+	}
+	require.EqualValues(t, 4096, o.unsettled())
+}

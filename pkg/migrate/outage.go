@@ -46,8 +46,18 @@ func (s *sessions) say(err error) {
 	if !always && what == s.out.what && now.Sub(s.out.told) < outageLogEvery {
 		return
 	}
+	more := []any{"cause", cut(err.Error(), maxReason)}
+	if always {
+		skipped, ok := s.lines.take()
+		if !ok {
+			return
+		}
+		if skipped > 0 {
+			more = append(more, "lines_left_out", skipped)
+		}
+	}
 	s.out.told, s.out.what = now, what
-	s.log.Log(context.Background(), level, what, s.details(now, "cause", err)...)
+	s.log.Log(context.Background(), level, what, s.details(now, more...)...)
 }
 
 // details are what a line about an outage says beside its words.

@@ -44,6 +44,8 @@ type sessions struct {
 	// lack is what waits for the other side, for the log; nil says nothing.
 	lack func() []any
 	out  outage
+	// lines bounds what those who connect to us can have logged.
+	lines lineBudget
 	// moved grows with what one side has sent and the other has taken; nil: not known.
 	moved func() int64
 	// session serves one connection, which it closes. greeted says that the

@@ -87,6 +87,8 @@ type Source struct {
 	path  atomic.Pointer[window] // of the present connection; nil: there is none
 	hand  *hand
 
+	lines lineBudget // for what those who connect to us can have logged
+
 	served  bool // a destination has taken the disks; only Run's goroutine uses it
 	metOnce sync.Once
 
@@ -338,7 +340,9 @@ func (s *Source) line(d *sourceDisk, p protocol.Protocol, dev uint32, live *live
 // Completed.
 func (s *Source) move(ctx context.Context, c *line) error {
 	d := c.disk
-	s.log.Info("sending", "disk", d.Name, "bytes", d.geo.size, "block", d.geo.blockSize)
+	if _, ok := s.lines.take(); ok {
+		s.log.Info("sending", "disk", d.Name, "bytes", d.geo.size, "block", d.geo.blockSize)
+	}
 	loops, ctx := errgroup.WithContext(ctx)
 	loops.Go(func() error { return c.pump.upgradeLoop(ctx) })
 	loops.Go(func() error { return c.pump.bulkLoop(ctx) })

@@ -96,7 +96,7 @@ func (a *arrivals) beginEpoch(di *protocol.DevInfo) error {
 func elsewhere(di *protocol.DevInfo, device Device) error {
 	if to := handedTo(di); to != (Device{}) && to != device {
 		return fmt.Errorf("disk %q: the source has handed it off to another destination, or to one that was begun anew since: "+
-			"it has one owner: nothing was changed: start that destination again with its disk and map", di.Name)
+			"it has one owner: nothing was changed: start that destination again with its disk and map", cut(di.Name, maxName))
 	}
 	return nil
 }
