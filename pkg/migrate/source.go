@@ -35,6 +35,12 @@ type SourceDisk struct {
 	// Identity tells the destination after a restart of either side whether this
 	// is still the disk of which it has a part. Zero: it cannot tell.
 	Identity Identity
+	// Changed returns what was done to the disk, which must not be written, since its
+	// Identity was taken; nil if it is as it was. It is called on each connection,
+	// every second while one lasts, and before the destination is told that it has
+	// everything; not while the disk is in use here. What it returns ends the Source.
+	// It may be called from any goroutine. nil: the disk is not watched.
+	Changed func() error
 }
 
 // Identity says which disk it is, and which of its contents.
@@ -111,6 +117,7 @@ type sourceDisk struct {
 	complete   bool // the destination has said that it has everything
 	taken      bool // the destination of a disk that was handed off has said so
 	err        error
+	errRank    int // of err, as rankOf has it, if it is of this connection; else 0
 }
 
 // NewSource returns a Source for disks, whose names must differ.
@@ -250,6 +257,9 @@ func (s *Source) classify(err error) error {
 // moveAll moves the disks side by side, until each is complete or one of them
 // cannot be moved.
 func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *greeting) error {
+	if err := s.unchanged(); err != nil {
+		return err
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	live := &liveSession{src: s, window: newWindow(s.opts.BlockSize, plainBulkPackets), ended: make(chan struct{}, 1)}
 	var lines []*line
@@ -277,8 +287,15 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 			return err
 		})
 	}
+	var moving sync.WaitGroup
+	moving.Add(len(lines))
+	moved := make(chan struct{})
 	for _, c := range lines {
-		run(func() error { return s.move(ctx, c) })
+		run(func() error { defer moving.Done(); return s.move(ctx, c) })
+	}
+	group.Go(func() error { moving.Wait(); close(moved); return nil })
+	if s.watched() {
+		run(func() error { return s.watchLoop(ctx, moved) })
 	}
 	if len(live.lines) > 0 {
 		run(func() error { return live.passLoop(ctx) })
@@ -296,19 +313,23 @@ type causes struct {
 	rank int // of err
 }
 
+// rankOf is the higher the more err says of a disk, from 1 on.
+func rankOf(err error) int {
+	var disk *DiskError
+	switch {
+	case errors.As(err, new(*FatalError)):
+		return 4
+	case errors.As(err, &disk) && !disk.Peer:
+		return 3
+	case disk != nil:
+		return 2
+	}
+	return 1
+}
+
 // note keeps err unless an earlier one says as much.
 func (c *causes) note(err error) {
-	rank := 1
-	var disk *DiskError
-	var fatal *FatalError
-	switch {
-	case errors.As(err, &fatal):
-		rank = 4
-	case errors.As(err, &disk) && !disk.Peer:
-		rank = 3
-	case errors.As(err, &disk):
-		rank = 2
-	}
+	rank := rankOf(err)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if rank > c.rank {
@@ -370,6 +391,9 @@ func (d *sourceDisk) finish(ctx context.Context, o *order, to *protocol.ToProtoc
 			return context.Cause(ctx)
 		}
 	}
+	if err := d.unchanged(); err != nil {
+		return err
+	}
 	if err := to.SendEvent(ctx, &wire.Event{Type: wire.EventCompleted}); err != nil {
 		return err
 	}
@@ -419,7 +443,7 @@ func (d *sourceDisk) begin(ended chan struct{}) *order {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.order, d.connected, d.complete = o, true, false
+	d.order, d.connected, d.complete, d.errRank = o, true, false, 0
 	return o
 }
 
@@ -430,10 +454,15 @@ func (d *sourceDisk) end() {
 	d.reconnects++
 }
 
+// note keeps what went wrong with the disk on this connection: the first that says as
+// much, not what came of it.
 func (d *sourceDisk) note(err error) {
+	rank := rankOf(err)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.err = err
+	if rank > d.errRank {
+		d.err, d.errRank = err, rank
+	}
 }
 
 // greeting is the other side's first word.
