@@ -34,10 +34,11 @@ func newConsole(cmd *cobra.Command, format logFormat, plain bool) *console {
 	bars := format == "" && !plain && progress.IsTerminal(stderr)
 	c := &console{display: progress.New(stderr, bars)}
 	logTo := func(w io.Writer) *slog.Logger {
+		options := &slog.HandlerOptions{ReplaceAttr: streams.CutAttr}
 		if format == "json" {
-			return slog.New(slog.NewJSONHandler(w, nil))
+			return slog.New(streams.NewCalm(slog.NewJSONHandler(w, options)))
 		}
-		return slog.New(slog.NewTextHandler(w, nil))
+		return slog.New(streams.NewCalm(slog.NewTextHandler(w, options)))
 	}
 	c.lines = streams.NewQueue(c.display, func(w io.Writer, lines int) {
 		logTo(w).Warn("log lines were lost, since standard error was not read", "lines", lines)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/silo-nbd/silo-nbd/internal/connect"
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/firstblocks"
@@ -158,7 +159,7 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
 	source, err := migrate.NewSource(l.moving, migrate.SourceOptions{
-		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
 		First:       firstblocks.Find,
 		AutoHandoff: f.live.handoff == "auto", MaxDowntime: f.live.maxDowntime, Ledger: l.ledger,
 	})

@@ -52,7 +52,7 @@ func report(err error, stderr io.Writer) int {
 	code, said := exitCode(err)
 	if said != nil {
 		line := strings.ReplaceAll(strings.TrimSpace(said.Error()), "\n", "; ")
-		fmt.Fprintf(stderr, "silo-nbd: %s\n", line) // nothing is left to do if this fails
+		fmt.Fprintf(stderr, "silo-nbd: %s\n", streams.Cut(line)) // nothing is left to do if this fails
 	}
 	return code
 }

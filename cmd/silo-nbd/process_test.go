@@ -1,10 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -122,4 +126,44 @@ func cmdEnded(ts *testscript.TestScript, neg bool, args []string) {
 		said, _ := os.ReadFile(ts.MkAbs(args[0] + ".err"))
 		ts.Fatalf("%s: %v, want exit code %s\n%s", args[0], b.cmd.ProcessState, args[1], said)
 	}
+}
+
+// cmdSilence keeps N connections to a TCP port open that say nothing, and makes
+// them anew when they are closed: silence N PORT
+func cmdSilence(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: silence N PORT")
+	}
+	n, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	ctx, stop := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	first := make(chan struct{}, n)
+	for range n {
+		wg.Go(func() {
+			var d net.Dialer
+			for ctx.Err() == nil {
+				conn, err := d.DialContext(ctx, "tcp", "127.0.0.1:"+args[1])
+				if err != nil {
+					time.Sleep(time.Millisecond) // the program is on its way
+					continue
+				}
+				select {
+				case first <- struct{}{}:
+				default:
+				}
+				end := context.AfterFunc(ctx, func() { conn.Close() })
+				_, _ = io.Copy(io.Discard, conn) // until it is closed
+				end()
+				conn.Close()
+			}
+		})
+	}
+	for range n {
+		<-first
+	}
+	ts.Defer(func() {
+		stop()
+		wg.Wait()
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
+	"github.com/silo-nbd/silo-nbd/internal/connect"
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
@@ -79,7 +80,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	}
 	r.server = nbdexport.NewServer(options)
 	r.dest, err = migrate.NewDestination(migrate.DestinationOptions{
-		Open: r.open, Ready: r.export, Disks: set.Expected(), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		Open: r.open, Ready: r.export, Disks: set.Expected(), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
 	})
 	if err != nil {
 		return errors.Join(err, ln.Close())

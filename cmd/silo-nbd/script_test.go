@@ -64,6 +64,7 @@ func params(dir, images string) testscript.Params {
 			"beginwith": cmdBeginWith,
 			"send":      cmdSend,
 			"ended":     cmdEnded,
+			"silence":   cmdSilence,
 
 			"sigterm":  cmdSigterm,
 			"notified": cmdNotified,

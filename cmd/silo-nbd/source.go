@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/silo-nbd/silo-nbd/internal/connect"
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/firstblocks"
@@ -125,7 +126,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file, Identity: id})
 	}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
-		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), Log: c.log,
+		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
 		First: firstblocks.Find, Known: past.known(), Met: past.met,
 	})
 	if err != nil {

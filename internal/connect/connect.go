@@ -15,6 +15,7 @@ import (
 
 	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/tlsdir"
+	"github.com/silo-nbd/silo-nbd/pkg/crowd"
 )
 
 const (
@@ -25,11 +26,15 @@ const (
 	dialPause = 100 * time.Millisecond
 	// shakeTimeout is how long one that was accepted may take to show who it is.
 	shakeTimeout = 10 * time.Second
-	// maxShaking is how many may be about to at once; others wait to be accepted.
+	// maxShaking is how many may be about to at once; those that say nothing lose
+	// their places to others that wait to be accepted.
 	maxShaking = 64
 	// acceptPause is before the next try when a connection could not be accepted,
-	// as without a file descriptor left.
-	acceptPause = 50 * time.Millisecond
+	// as without a file descriptor left, at first; it doubles up to maxAcceptPause.
+	acceptPause    = 50 * time.Millisecond
+	maxAcceptPause = time.Second
+	// acceptTold is how often that is told.
+	acceptTold = time.Minute
 )
 
 // Ends gives connections to the other end.
@@ -130,6 +135,10 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// MaxCallers is how many connections are greeted side by side by whoever takes
+// those of Accept.
+const MaxCallers = 64
+
 // Accept gives the connections that come to ln, and closes it in the end. One
 // that comes while nobody wants it waits. If certs is not nil they are of TLS,
 // and one that does not show who it is comes to nothing: the log says why.
@@ -157,7 +166,7 @@ type acceptor struct {
 // acceptLoop hands on what comes until the listener ends.
 func (a *acceptor) acceptLoop(ctx context.Context) {
 	defer close(a.ended)
-	shaking := make(chan struct{}, maxShaking)
+	shaking, trouble := crowd.New(maxShaking), acceptTrouble{log: a.log}
 	for {
 		conn, err := a.ln.Accept()
 		if err != nil {
@@ -165,26 +174,44 @@ func (a *acceptor) acceptLoop(ctx context.Context) {
 				a.err = err
 				return
 			}
-			a.log.Warn("cannot accept a connection now", "error", err)
-			_ = pause(ctx, acceptPause) // cut short, the listener is closed and says so
+			trouble.pause(ctx, err)
 			continue
 		}
+		trouble.over()
 		if a.certs == nil {
 			a.hand(ctx, conn, conn)
 			continue
 		}
-		select {
-		case shaking <- struct{}{}:
-		case <-ctx.Done():
-			conn.Close() // nobody spoke on it
+		place, err := shaking.Enter(ctx, crowd.Address(conn), func() { conn.Close() })
+		if err != nil {
+			conn.Close() // nothing was said on it
 			continue     // the listener is closed
 		}
-		a.wg.Go(func() {
-			defer func() { <-shaking }()
-			a.shake(ctx, conn)
-		})
+		a.wg.Go(func() { a.shake(ctx, conn, place) })
 	}
 }
+
+// acceptTrouble is what is known of errors of Accept.
+type acceptTrouble struct {
+	log    *slog.Logger
+	next   time.Duration // pause before the next try
+	told   time.Time
+	untold int // errors since
+}
+
+// pause waits before the next try, longer each time, and says once in a while why.
+func (t *acceptTrouble) pause(ctx context.Context, err error) {
+	t.untold++
+	if now := time.Now(); now.Sub(t.told) >= acceptTold {
+		t.log.Warn("cannot accept a connection now", "error", err, "times", t.untold)
+		t.told, t.untold = now, 0
+	}
+	t.next = min(max(2*t.next, acceptPause), maxAcceptPause)
+	_ = pause(ctx, t.next) // cut short, the listener is closed and says so
+}
+
+// over says that a connection was accepted.
+func (t *acceptTrouble) over() { t.next = 0 }
 
 // passes says whether an error of Accept is of this moment, as EMFILE, and not
 // the end of the listener.
@@ -195,11 +222,13 @@ func passes(err error) bool {
 }
 
 // shake makes a connection one of TLS and hands it on.
-func (a *acceptor) shake(life context.Context, conn net.Conn) {
+func (a *acceptor) shake(life context.Context, conn net.Conn, place *crowd.Place) {
 	ctx, cancel := context.WithTimeoutCause(life, shakeTimeout, fmt.Errorf("no TLS handshake within %v: has the other side --tls?", shakeTimeout))
 	defer cancel()
 	secure, err := a.certs.Server(ctx, conn)
+	kept := place.Leave()
 	switch {
+	case !kept: // others have, and it is closed
 	case err == nil:
 		a.hand(life, conn, secure, "certificate", tlsdir.Names(secure.ConnectionState().PeerCertificates[0]))
 	case life.Err() == nil:

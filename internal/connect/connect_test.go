@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -210,7 +211,84 @@ func TestAcceptingOutlivesErrorsThatPass(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, theirs.Close())
 	require.NoError(t, ends.Close())
-	require.Equal(t, 3, strings.Count(log.String(), "cannot accept a connection now"), log.String())
+	require.Equal(t, 1, strings.Count(log.String(), "cannot accept a connection now"), log.String())
+}
+
+// lastingTrouble has no file descriptor left until a moment.
+type lastingTrouble struct {
+	*oneListener
+	until time.Time
+	tries int
+}
+
+func (l *lastingTrouble) Accept() (net.Conn, error) {
+	if l.tries++; time.Now().Before(l.until) {
+		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
+	}
+	return l.oneListener.Accept()
+}
+
+// A process without a file descriptor left does not fill the log, nor try without
+// end (fault H5).
+func TestTroubleThatLastsIsToldOnceAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		ln := &lastingTrouble{oneListener: &oneListener{closed: make(chan struct{})}, until: time.Now().Add(10 * time.Minute)}
+		ends := Accept(ln, nil, slog.New(slog.NewTextHandler(&log, nil)))
+		<-time.After(11 * time.Minute)
+		require.NoError(t, ends.Close())
+		require.InDelta(t, 600, ln.tries, 10)
+		require.Equal(t, 10, strings.Count(log.String(), "cannot accept a connection now"))
+	})
+}
+
+// Connections that say nothing, 200 of them and renewed all the time, do not keep
+// out who has a certificate (fault B4, trap R3).
+func TestIdleHandshakesKeepNoPeerOut(t *testing.T) {
+	a, err := tlstest.NewAuthority()
+	require.NoError(t, err)
+	tcp, err := addr.Parse("127.0.0.1:0")
+	require.NoError(t, err)
+	ln, err := tcp.Listen(t.Context())
+	require.NoError(t, err)
+	to := addr.Of(ln.Addr())
+	accepted := Accept(ln, directory(t, a, tlsdir.Options{Listen: true}), slog.New(slog.DiscardHandler))
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				conn, err := to.Dial(ctx)
+				if err != nil {
+					continue // ctx has ended, or ports are short for a moment
+				}
+				stop := context.AfterFunc(ctx, func() { conn.Close() })
+				_, _ = io.Copy(io.Discard, conn) // until it is dropped
+				stop()
+				conn.Close()
+			}
+		})
+	}
+	for range 3 {
+		var end sync.WaitGroup
+		dialling, met := context.WithTimeout(t.Context(), 2*dialTimeout)
+		end.Go(func() {
+			for dialling.Err() == nil { // as a migration does
+				if ours, err := Dial(to, dialTimeout, directory(t, a, tlsdir.Options{Dial: true})).Next(dialling); err == nil {
+					_, _ = io.Copy(io.Discard, ours) // until it is closed
+					_ = ours.Close()                 // its goodbye may find nobody
+				}
+			}
+		})
+		theirs, err := accepted.Next(dialling)
+		require.NoError(t, err)
+		met()
+		_ = theirs.Close() // the other end may have gone
+		end.Wait()
+	}
+	stop()
+	wg.Wait()
+	require.NoError(t, accepted.Close())
 }
 
 // Close does not wait out the pause between two tries, and an error that lasts

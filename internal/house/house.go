@@ -33,8 +33,9 @@ var arrows = []struct {
 	{"pkg/protocol/wire", nil},
 	{"pkg/protocol", []string{"pkg/protocol/wire", "pkg/storage"}},
 	{"pkg/lazy", []string{"pkg/storage", "pkg/storage/bootfile"}},
-	{"pkg/migrate", []string{"pkg/protocol", "pkg/lazy", "pkg/protocol/wire", "pkg/storage", "pkg/storage/bootfile"}},
-	{"pkg/nbdexport", nil},
+	{"pkg/crowd", nil},
+	{"pkg/migrate", []string{"pkg/crowd", "pkg/protocol", "pkg/lazy", "pkg/protocol/wire", "pkg/storage", "pkg/storage/bootfile"}},
+	{"pkg/nbdexport", []string{"pkg/crowd"}},
 	// The device of a migration and the places where disks lie are named in
 	// the wiring; the protocol is not.
 	{"cmd/...", []string{"pkg/migrate", "pkg/nbdexport", "pkg/lazy", "pkg/storage/...", "internal/..."}},

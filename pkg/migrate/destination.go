@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"slices"
 	"sync"
@@ -63,7 +62,11 @@ type DestinationOptions struct {
 	// Listening says that the Connector accepts connections: one that comes to
 	// nothing is logged, and the next is awaited.
 	Listening bool
-	Log       *slog.Logger // nil: no log
+	// MaxCallers is how many connections of a Listening destination are greeted side
+	// by side: the first whose other end speaks as a source does is served. 0: one
+	// after another.
+	MaxCallers int
+	Log        *slog.Logger // nil: no log
 }
 
 // Destination is the receiving end of a migration: a lazy device for each
@@ -101,9 +104,10 @@ func (d *Destination) Run(ctx context.Context, connect Connector) error {
 		connect: connect, listening: d.opts.Listening, log: d.log, known: len(d.all()) > 0,
 		lack:  func() []any { return lacking(d.Status()) },
 		moved: d.received,
+		lobby: lobby{max: d.opts.MaxCallers, proper: properSource},
 	}
-	loop.session = func(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
-		greeted, err := d.session(ctx, conn)
+	loop.session = func(ctx context.Context, c *caller) (bool, error) {
+		greeted, err := d.session(ctx, c)
 		if errors.Is(err, errUnheard) && patience == nil {
 			patience = time.AfterFunc(farewellTimeout, func() { cancel(errUnheard) })
 		}
@@ -130,12 +134,12 @@ const farewellTimeout = 30 * time.Second
 // errUnheard says that every disk is complete and the source may not know.
 var errUnheard = errors.New("all is here, but the connection ended before the source could confirm it")
 
-// session takes what comes over conn, which it closes. It ends well when the
-// connection does and every disk is complete.
-func (d *Destination) session(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
-	s := &destSession{dest: d, hello: newGreeting()}
+// session takes what comes over the connection c, which it closes. It ends well
+// when the connection does and every disk is complete.
+func (d *Destination) session(ctx context.Context, c *caller) (bool, error) {
+	s := &destSession{dest: d, hello: c.hello}
 	group, ctx := errgroup.WithContext(ctx)
-	s.proto = protocol.NewProtocolRW(ctx, conn, conn, s.newDevice)
+	s.proto = protocol.NewProtocolRW(ctx, c, c.conn, s.newDevice)
 	group.Go(s.proto.Handle)
 	group.Go(func() error { return s.hello.await(ctx, s.proto.Done()) })
 	err := group.Wait()

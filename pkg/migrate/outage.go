@@ -3,7 +3,6 @@ package migrate
 import (
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"sync"
 	"time"
@@ -71,9 +70,19 @@ func (s *sessions) details(now time.Time, more ...any) []any {
 
 // next returns the next connection. Who listens may wait long for it, and says so
 // once a minute.
-func (s *sessions) next(ctx context.Context) (io.ReadWriteCloser, error) {
-	if !s.listening {
-		return s.connect(ctx)
+func (s *sessions) next(ctx context.Context) (*caller, error) {
+	dial := func(ctx context.Context) (*caller, error) {
+		conn, err := s.connect(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return newCaller(conn), nil
+	}
+	switch {
+	case !s.listening:
+		return dial(ctx)
+	case s.lobby.max > 0:
+		dial = s.lobby.next
 	}
 	if s.out.since.IsZero() {
 		s.out.since = time.Now()
@@ -81,10 +90,10 @@ func (s *sessions) next(ctx context.Context) (io.ReadWriteCloser, error) {
 	var wg sync.WaitGroup
 	saying, stop := context.WithCancel(ctx)
 	wg.Go(func() { s.sayLoop(saying) })
-	conn, err := s.connect(ctx)
+	c, err := dial(ctx)
 	stop()
 	wg.Wait()
-	return conn, err
+	return c, err
 }
 
 // sayLoop says once a minute that nobody connects.

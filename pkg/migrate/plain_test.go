@@ -453,7 +453,7 @@ func TestCompletedWithABlockMissingIsNotBelieved(t *testing.T) {
 		_ = s.sendBlocks([]int{0, 1, 2, 4})
 		_, _ = s.call(&wire.Event{Type: wire.EventCompleted}) // the connection ends instead of an answer
 	})
-	greeted, err := dst.session(t.Context(), b)
+	greeted, err := dst.session(t.Context(), newCaller(b))
 	require.True(t, greeted)
 	var incomplete *lazy.IncompleteError
 	require.ErrorAs(t, err, &incomplete)

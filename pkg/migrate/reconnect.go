@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"time"
 )
@@ -50,7 +51,8 @@ type sessions struct {
 	moved func() int64
 	// session serves one connection, which it closes. greeted says that the
 	// other side spoke our protocol.
-	session func(ctx context.Context, conn io.ReadWriteCloser) (greeted bool, err error)
+	session func(ctx context.Context, c *caller) (greeted bool, err error)
+	lobby   lobby // of a side that listens and greets side by side: its max is not 0
 }
 
 // run returns nil when a session ended well, the cause when ctx is done, and
@@ -58,6 +60,13 @@ type sessions struct {
 // which the other side spoke our protocol that is every error, unless we are
 // the one who listens.
 func (s *sessions) run(ctx context.Context) error {
+	if s.listening && s.lobby.max > 0 {
+		inside, leave := context.WithCancelCause(ctx)
+		defer s.lobby.wg.Wait()
+		defer leave(ErrClosed)
+		s.lobby.connect, s.lobby.log = s.connect, s.log
+		s.lobby.open(inside)
+	}
 	for retry := newBackoff(); ; {
 		began, moved := time.Now(), s.progress()
 		greeted, err := s.once(ctx)
@@ -113,11 +122,14 @@ func (s *sessions) pause(ctx context.Context, retry *backoff, err error) error {
 }
 
 func (s *sessions) once(ctx context.Context) (greeted bool, err error) {
-	conn, err := s.next(ctx)
+	c, err := s.next(ctx)
 	if err != nil {
 		return false, &connectError{err}
 	}
-	return s.session(ctx, conn)
+	if s.lobby.max > 0 && s.listening {
+		return s.lobby.attend(ctx, c, s.session)
+	}
+	return s.session(ctx, c)
 }
 
 // strange says more of a connection that ended before the other side had spoken.
@@ -138,8 +150,10 @@ func newBackoff() *backoff { return &backoff{firstBackoff} }
 
 func (b *backoff) reset() { b.pause = firstBackoff }
 
+// wait waits for half of the pause, and up to the other half by chance, so that
+// many who lost the same peer do not come back in step.
 func (b *backoff) wait(ctx context.Context) error {
-	t := time.NewTimer(b.pause)
+	t := time.NewTimer(b.pause/2 + rand.N(b.pause/2+1))
 	defer t.Stop()
 	b.pause = min(2*b.pause, maxBackoff)
 	select {

@@ -57,6 +57,10 @@ type SourceOptions struct {
 	// Listening says that the Connector accepts connections: one that comes to
 	// nothing is logged, and the next is awaited.
 	Listening bool
+	// MaxCallers is how many connections of a Listening source are greeted side by
+	// side: the first whose other end speaks as a destination does is served. 0:
+	// one after another.
+	MaxCallers int
 	// Met is told, once, that a destination has answered; nil: nobody is. It may
 	// block, and runs beside the migration.
 	Met func()
@@ -168,6 +172,7 @@ func (s *Source) Run(ctx context.Context, connect Connector) error {
 		known: s.opts.Known || s.hasLive(),                     // or somebody uses the disks: the destination may come when it likes
 		lack:  func() []any { return lacking(s.Status())[:2] }, // nobody waits here
 		moved: s.acknowledged,
+		lobby: lobby{max: s.opts.MaxCallers, prepare: s.prepare, announce: s.announce, proper: properDestination(len(s.disks))},
 	}
 	return loop.run(ctx)
 }
@@ -184,19 +189,58 @@ func (s *Source) acknowledged() (n int64) {
 // nothing left to do.
 var errMoved = errors.New("migrate: everything has been moved")
 
-// session moves what is missing over conn, which it closes.
-func (s *Source) session(ctx context.Context, conn io.ReadWriteCloser) (bool, error) {
+// announced is a source's end of a connection, from the announcement of the disks on.
+type announced struct {
+	p     *protocol.ProtocolRW
+	to    []*protocol.ToProtocol // of the disks
+	said  bool                   // the disks have been announced
+	ready chan struct{}          // closed when what comes can be taken
+}
+
+// prepare makes our end of a connection. Nothing is sent, and nothing read.
+func (s *Source) prepare(ctx context.Context, c *caller) {
+	hi := &announced{ready: make(chan struct{})}
+	// c is no io.Closer here: its Close ends the protocol.
+	hi.p = protocol.NewProtocolRW(ctx, struct{ io.Reader }{c}, c.conn, nil)
+	for i, d := range s.disks {
+		hi.to = append(hi.to, protocol.NewToProtocol(uint64(d.geo.size), firstDevice+uint32(i), hi.p))
+	}
+	c.hi = hi
+}
+
+// announce tells of all disks before any data (trap M10).
+func (s *Source) announce(c *caller) error {
+	for i, d := range s.disks {
+		if err := c.hi.to[i].SendDevInfoExt(d.info()); err != nil {
+			return err
+		}
+	}
+	c.hi.said = true
+	return nil
+}
+
+// session moves what is missing over the connection c, which it closes.
+func (s *Source) session(ctx context.Context, c *caller) (bool, error) {
 	group, ctx := errgroup.WithContext(ctx)
-	p := protocol.NewProtocolRW(ctx, conn, conn, nil)
-	hello := newGreeting()
+	if c.hi == nil {
+		s.prepare(ctx, c)
+	}
+	p, hello := c.hi.p, c.hello
+	defer context.AfterFunc(ctx, func() { p.Abort(context.Cause(ctx)) })()
 	var moveErr error
-	group.Go(p.Handle)
+	group.Go(func() error {
+		select {
+		case <-c.hi.ready:
+		case <-p.Done():
+		}
+		return p.Handle()
+	})
 	group.Go(func() error {
 		defer s.met(hello)
 		return hello.await(ctx, p.Done())
 	})
 	group.Go(func() error {
-		moveErr = s.moveAll(ctx, p, hello)
+		moveErr = s.moveAll(ctx, c)
 		_ = p.Close() // ends Handle; what Close has to say is in moveErr
 		return cmp.Or(moveErr, errMoved)
 	})
@@ -256,7 +300,8 @@ func (s *Source) classify(err error) error {
 
 // moveAll moves the disks side by side, until each is complete or one of them
 // cannot be moved.
-func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *greeting) error {
+func (s *Source) moveAll(ctx context.Context, conn *caller) error {
+	p, hello := conn.hi.p, conn.hello
 	if err := s.unchanged(); err != nil {
 		return err
 	}
@@ -266,13 +311,14 @@ func (s *Source) moveAll(ctx context.Context, p *protocol.ProtocolRW, hello *gre
 	s.path.Store(live.window)
 	defer s.path.Store(nil)
 	for i, d := range s.disks {
-		c := s.line(d, p, firstDevice+uint32(i), live, hello)
+		c := s.line(d, conn.hi.to[i], live, hello)
 		defer d.end()
 		defer func() { d.counts.damage.noteEnd(s.log, d.Name, p.Err()) }()
 		lines = append(lines, c)
 	}
-	for _, c := range lines { // all of them before any data (trap M10)
-		if err := c.to.SendDevInfoExt(c.disk.info()); err != nil {
+	close(conn.hi.ready)
+	if !conn.hi.said {
+		if err := s.announce(conn); err != nil {
 			return err
 		}
 	}
@@ -344,9 +390,8 @@ func (c *causes) first() error {
 }
 
 // line begins to move a disk over a connection.
-func (s *Source) line(d *sourceDisk, p protocol.Protocol, dev uint32, live *liveSession, hello *greeting) *line {
+func (s *Source) line(d *sourceDisk, to *protocol.ToProtocol, live *liveSession, hello *greeting) *line {
 	o := d.begin(live.ended)
-	to := protocol.NewToProtocol(uint64(d.geo.size), dev, p)
 	to.HandleNeedAt(func(off, length int64) { hello.say(); o.ask(off, length) })
 	to.HandleDontNeedAt(func(off, length int64) { hello.say(); o.drop(off, length) })
 	pump := newPump(d.SourceDisk, o, to, live.window, s.limit, &d.counts, hello.say, s.log)

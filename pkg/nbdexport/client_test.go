@@ -1,6 +1,7 @@
 package nbdexport
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -66,7 +67,7 @@ func newLooseClient(t testing.TB, nc net.Conn) *rawClient {
 // pipeClient is a client over an in-memory pipe, for tests with a fake clock.
 func pipeClient(t testing.TB, s *Server) *rawClient {
 	server, client := net.Pipe()
-	s.accept(server)
+	s.accept(context.Background(), server)
 	t.Cleanup(func() { client.Close() })
 	return &rawClient{t: t, Conn: client}
 }

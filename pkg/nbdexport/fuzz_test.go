@@ -2,6 +2,7 @@ package nbdexport
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"io"
 	"net"
@@ -16,7 +17,7 @@ func fuzzServer(t *testing.T, d *disk) *rawClient {
 	s := NewServer(Options{})
 	require.NoError(t, s.AddExport(Export{Name: "disk", Backend: d}))
 	server, client := net.Pipe()
-	s.accept(server)
+	s.accept(context.Background(), server)
 	t.Cleanup(func() {
 		client.Close()
 		require.NoError(t, s.Close())

@@ -15,8 +15,12 @@ const (
 	maxSkip = 4<<30 - 1 // payload of a refused request that is skipped; above, the connection ends
 
 	handshakeTime = 10 * time.Second // for the whole handshake
-	acceptPause   = 50 * time.Millisecond
-	byeTime       = 5 * time.Second // for the last replies to a client when the server ends
+
+	acceptPause    = 50 * time.Millisecond // before the next try when Accept fails, doubled up to maxAcceptPause
+	maxAcceptPause = time.Second
+	acceptTold     = time.Minute // how often that is logged
+
+	byeTime = 5 * time.Second // for the last replies to a client when the server ends
 
 	maxActive       = 64        // requests of a connection that run at once, not counting those that wait
 	maxWaiting      = 4096      // requests of a connection that wait for data

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/silo-nbd/silo-nbd/pkg/crowd"
 )
 
 // Options of a Server. The zero value works.
@@ -31,7 +33,8 @@ type Options struct {
 	// MemoryBudget is the bytes that the requests under way of all clients may
 	// hold, and again as much those that wait for data; 0 means 256 MiB.
 	MemoryBudget int64
-	// MaxConnections limits the connections, handshakes included; 0 means 1024.
+	// MaxConnections limits the connections, and as many again may be in their
+	// handshake, of which the oldest make room for others; 0 means 1024.
 	MaxConnections int
 	// OnConnect is called when a client has attached to an export. It must not
 	// block.
@@ -64,7 +67,8 @@ type Server struct {
 	budget  budget // of requests that run, and replies not sent yet
 	waiting budget // of requests that wait for data
 
-	requests sync.Pool // of *request
+	requests sync.Pool    // of *request
+	crowd    *crowd.Crowd // connections in the handshake
 
 	done chan struct{} // closed by Shutdown and Close: nothing new begins
 	wg   sync.WaitGroup
@@ -73,8 +77,8 @@ type Server struct {
 	// Guarded by mu:
 	exports   []*export // by name
 	listeners map[net.Listener]struct{}
-	shaking   map[net.Conn]struct{} // in the handshake
-	count     int                   // connections, the ones in the handshake too
+	shaking   map[net.Conn]*crowd.Place // in the handshake
+	count     int                       // connections, the ones in the handshake too
 	closing   bool
 }
 
@@ -82,7 +86,7 @@ type Server struct {
 func NewServer(o Options) *Server {
 	s := &Server{
 		o: o, log: o.Log, done: make(chan struct{}),
-		listeners: make(map[net.Listener]struct{}), shaking: make(map[net.Conn]struct{}),
+		listeners: make(map[net.Listener]struct{}), shaking: make(map[net.Conn]*crowd.Place),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -91,6 +95,7 @@ func NewServer(o Options) *Server {
 	s.waiting.limit = s.budget.limit
 	s.o.pipeStuck = cmp.Or(o.pipeStuck, defaultPipeStuck)
 	s.o.MaxConnections = cmp.Or(o.MaxConnections, defaultMaxConnections)
+	s.crowd = crowd.New(s.o.MaxConnections)
 	return s
 }
 
@@ -215,6 +220,16 @@ func (s *Server) Serve(ln net.Listener) error {
 		delete(s.listeners, ln)
 		s.mu.Unlock()
 	}()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	s.wg.Go(func() {
+		select {
+		case <-s.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	var trouble acceptTrouble
 	for {
 		nc, err := ln.Accept()
 		if err != nil {
@@ -224,32 +239,57 @@ func (s *Server) Serve(ln net.Listener) error {
 			if !passes(err) {
 				return fmt.Errorf("nbdexport: accept: %w", err)
 			}
-			s.log.Warn("cannot accept a connection now", "err", err)
-			t := time.NewTimer(acceptPause)
-			select {
-			case <-t.C:
-			case <-s.done:
-				t.Stop()
-			}
+			trouble.wait(ctx, s.log, err)
 			continue
 		}
-		s.accept(nc)
+		trouble.next = 0
+		s.accept(ctx, nc)
 	}
 }
 
-// accept begins to serve a connection, if there may be one more.
-func (s *Server) accept(nc net.Conn) {
+// acceptTrouble is what is known of errors of Accept.
+type acceptTrouble struct {
+	next   time.Duration // pause before the next try
+	told   time.Time
+	untold int // errors since
+}
+
+// wait waits before the next try, longer each time, and says once in a while why.
+func (t *acceptTrouble) wait(ctx context.Context, log *slog.Logger, err error) {
+	t.untold++
+	if now := time.Now(); now.Sub(t.told) >= acceptTold {
+		log.Warn("cannot accept a connection now", "err", err, "times", t.untold)
+		t.told, t.untold = now, 0
+	}
+	t.next = min(max(2*t.next, acceptPause), maxAcceptPause)
+	timer := time.NewTimer(t.next)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// accept begins to serve a connection, if there may be one more. Those that have
+// not finished their handshake make room for it.
+func (s *Server) accept(ctx context.Context, nc net.Conn) {
+	place, err := s.crowd.Enter(ctx, crowd.Address(nc), func() { nc.Close() })
+	if err != nil {
+		nc.Close() // the server ends, and the client was told nothing
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing || s.count >= s.o.MaxConnections {
+	if attached := s.count - len(s.shaking); s.closing || attached >= s.o.MaxConnections {
 		if !s.closing {
-			s.log.Warn("connection refused: too many", "connections", s.count, "from", nc.RemoteAddr())
+			s.log.Warn("connection refused: too many", "connections", attached, "from", nc.RemoteAddr())
 		}
 		nc.Close() // the client was told nothing yet: there is nothing to lose
+		place.Leave()
 		return
 	}
 	s.count++
-	s.shaking[nc] = struct{}{}
+	s.shaking[nc] = place
 	h := &handshake{s: s, nc: nc, raw: nc}
 	s.wg.Go(h.serve)
 }
@@ -266,16 +306,23 @@ func (s *Server) closed() bool {
 // shook is the end of nc's handshake.
 func (s *Server) shook(nc net.Conn) {
 	s.mu.Lock()
-	delete(s.shaking, nc)
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	s.shookLocked(nc)
+}
+
+func (s *Server) shookLocked(nc net.Conn) {
+	if place := s.shaking[nc]; place != nil {
+		place.Leave()
+		delete(s.shaking, nc)
+	}
 }
 
 // left is the end of a connection.
 func (s *Server) left(nc net.Conn) {
 	s.mu.Lock()
-	delete(s.shaking, nc)
+	defer s.mu.Unlock()
+	s.shookLocked(nc)
 	s.count--
-	s.mu.Unlock()
 }
 
 // begin starts the end and returns the exports; it may be called again.

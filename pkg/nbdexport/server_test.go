@@ -3,6 +3,7 @@ package nbdexport
 import (
 	"bytes"
 	"context"
+	"net"
 	"sync"
 	"testing"
 
@@ -72,4 +73,18 @@ func TestShutdownFlushesAndEnds(t *testing.T) {
 	require.NoError(t, s.Shutdown(context.Background()))
 	require.Equal(t, 1, m.syncs)
 	c.wantEnd()
+}
+
+// Clients that never finish their handshake, however many, keep out nobody who does
+// (trap R3).
+func TestIdleHandshakesKeepNoClientOut(t *testing.T) {
+	_, path := newTestServer(t, Options{MaxConnections: 4}, Export{Backend: newMemory(mib)})
+	for range 40 {
+		nc, err := net.Dial("unix", path)
+		require.NoError(t, err)
+		defer nc.Close()
+	}
+	c := dialRaw(t, path).enter("", modeSimple)
+	_, err := c.read(0, 0, 512)
+	require.Equal(t, ok, err)
 }
