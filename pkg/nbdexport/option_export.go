@@ -129,6 +129,7 @@ func (h *handshake) attach(e *export) (*conn, error) {
 // start sends the last reply of the handshake. From then on c is the
 // connection.
 func (h *handshake) start(c *conn) (*conn, error) {
+	h.s.shook(h.raw) // before the client knows: it counts as attached then
 	err := h.raw.SetDeadline(time.Now().Add(handshakeTime))
 	if err == nil {
 		err = h.send()
