@@ -269,13 +269,13 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 	}
 	lo, hi := d.span(off, end)
 	if d.nextUnsettled(lo, hi) == hi {
-		return d.put(f, off, end)
+		return d.overwrite(f, off, end)
 	}
 	for {
 		c := d.claims.acquire(lo, hi)
 		from, to, ok := d.loneEdge(off, end)
 		if ok {
-			err := d.put(f, off, end)
+			err := d.overwrite(f, off, end)
 			if err == nil {
 				d.publishWritten(off, end)
 			} else if !f.fast || !errors.Is(err, errors.ErrUnsupported) { // that changes nothing

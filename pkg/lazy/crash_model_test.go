@@ -27,6 +27,7 @@ type crashModel struct {
 	calm bool // small writes mostly, as a database makes them
 
 	replays, torn *int // starts that found something in the log, and those that died of it
+	witnesses     *int // samples that a start has looked at
 
 	d *Device // of the life that goes on
 
@@ -65,6 +66,7 @@ func newCrashModel(t *testing.T, r *rand.Rand) *crashModel {
 	m.o = Options{Standby: r.IntN(2) == 0, KnownZero: r.IntN(2) == 0, Log: slog.New(slog.DiscardHandler)}
 	m.o.Revocable = !m.o.Standby && r.IntN(2) == 0
 	m.m = newMachine(m.id, []int64{0, minLog, minLog, 32 << 10, 64 << 10}[r.IntN(5)])
+	m.m.mark = newCrashFile(int64(len(Mark{})), len(Mark{}))
 	m.calm = r.IntN(3) > 0
 	m.src = make([]byte, m.size)
 	blocks := blocksOf(m.size, m.bs)
@@ -237,6 +239,8 @@ func (m *crashModel) source(r *rand.Rand, d *Device, s *Stream) {
 		} else if !d.isLive.Load() {
 			m.dirty(s)
 		}
+	case k < 17 && r.IntN(2) == 0:
+		_ = d.renewWitness(context.Background(), true) // an error is the end of this life
 	case k < 17:
 		_ = s.Flush() // an error is the end of this life
 	case k < 18 && !d.isLive.Load() && r.IntN(4) == 0:
@@ -340,6 +344,7 @@ func (m *crashModel) recover(r *rand.Rand, lost bool, endAt int) (*process, bool
 	if logged {
 		*m.replays++
 	}
+	*m.witnesses += m.m.samples()
 	d, err := m.m.start(p, m.o)
 	if err != nil {
 		if logged {
@@ -459,19 +464,19 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 	}
 	begin, lives, complete := time.Now(), 0, 0
 	var records, marks int64
-	replays, torn := 0, 0
+	replays, torn, witnesses := 0, 0, 0
 	n := 0
 	for ; n < rounds && !(t.Failed() || *flagRounds == 1500 && time.Since(begin) > 40*time.Second); n++ {
 		seed := *flagSeed + uint64(n)
 		r := rand.New(rand.NewPCG(seed, 11))
 		m := newCrashModel(t, r)
-		m.replays, m.torn = &replays, &torn
+		m.replays, m.torn, m.witnesses = &replays, &torn, &witnesses
 		lost := true
 		for life := range 2 + r.IntN(4) {
 			lives++
 			endAt := r.IntN(120)
 			if life == 0 {
-				endAt += 3 // else it never begins
+				endAt += 16 // else it never begins
 			}
 			p, ok := m.recover(r, lost, endAt)
 			if ok {
@@ -500,8 +505,11 @@ func TestD3PowerCutAtAnyPoint(t *testing.T) {
 		}
 		records, marks = records+m.m.seen.records.Load(), marks+m.m.seen.marks.Load()
 	}
-	t.Logf("%d disks, %d lives, %d complete, in %v; %d records, %d ends of an epoch, %d starts with a log, %d of which died of it",
-		n, lives, complete, time.Since(begin).Round(time.Millisecond), records, marks, replays, torn)
+	t.Logf("%d disks, %d lives, %d complete, in %v; %d records, %d ends of an epoch, %d starts with a log, %d of which died of it; %d samples",
+		n, lives, complete, time.Since(begin).Round(time.Millisecond), records, marks, replays, torn, witnesses)
+	if n >= 200 && witnesses < 3*n {
+		t.Error("the witness is hardly used")
+	}
 	if n >= 200 && (records < 5*int64(n) || marks < 3*int64(n) || replays < n/2 || torn < n/20) {
 		t.Error("the log is hardly used")
 	}

@@ -2,7 +2,9 @@ package lazy
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"runtime"
@@ -388,7 +390,64 @@ func (m crashMap) NextData(off, end int64) (lo, hi int64, err error) {
 // machine is a disk and its map, over power cuts and lives of the program.
 type machine struct {
 	disk, file *crashFile
+	mark       *crashFile // what the disk bears; nil: it cannot, and the map is not bound
 	seen       logCount
+}
+
+// crashBacking is the disk of a machine, for its map. Its stamp is its contents.
+type crashBacking struct {
+	m *machine
+	p *process
+}
+
+func (b crashBacking) Stamp() ([]byte, error) {
+	if _, err := b.p.begin("stamp disk"); err != nil {
+		return nil, err
+	}
+	sum := sha256.Sum256(b.m.disk.bytes())
+	return sum[:], nil
+}
+
+func (b crashBacking) SetMark(mark Mark, _ MapState) error {
+	h := handle{f: b.m.mark, p: b.p, name: "mark"}
+	if _, err := h.WriteAt(mark[:], 0); err != nil {
+		return err
+	}
+	return h.flush()
+}
+
+// bears is the mark of the disk.
+func (m *machine) bears() (mark Mark) {
+	copy(mark[:], m.mark.bytes())
+	return mark
+}
+
+// samples is how many samples of the disk the map has.
+func (m *machine) samples() int {
+	h, _, err := readHeader(crashMap{handle{f: m.file, p: newProcess(nil, -1), name: "map"}})
+	if err != nil {
+		panic(err) // no operation of it fails
+	}
+	return h.bond.count
+}
+
+// wrongDisk says why the disk of a machine cannot be that of its map.
+func (m *machine) wrongDisk(on *Map, p *process) error {
+	k, id := on.Binding(), on.Identity()
+	sum := sha256.Sum256(m.disk.bytes())
+	clean := k.Clean && on.State() != MapComplete
+	wrong, err := k.Witness(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, id, on.State() == MapComplete)
+	switch {
+	case err != nil:
+		return err
+	case !k.Bears(m.bears()):
+		return fmt.Errorf("the disk bears %v, and its map wants %v, or %v (%t)", m.bears(), k.Mark, k.Before, k.Unsettled)
+	case wrong != "":
+		return fmt.Errorf("the witness: %s", wrong)
+	case clean && string(k.Stamp) != string(sum[:]):
+		return fmt.Errorf("the disk is not as it was at a clean end")
+	}
+	return nil
 }
 
 // newMachine has a disk of the size and a new map with a log of so many bytes; 0
@@ -406,6 +465,9 @@ func newMachine(id Identity, log int64) *machine {
 func (m *machine) losePower(r *rand.Rand) {
 	m.disk.losePower(r)
 	m.file.losePower(r)
+	if m.mark != nil {
+		m.mark.losePower(r)
+	}
 }
 
 // logged is how many bytes are in the log and not on the disk, as far as anybody
@@ -427,5 +489,13 @@ func (m *machine) start(p *process, o Options) (*Device, error) {
 	}
 	on.path = "map"
 	o.Map = on
+	if m.mark != nil {
+		if err := m.wrongDisk(on, p); err != nil {
+			return nil, err
+		}
+		if err := on.Bind(crashBacking{m, p}, m.bears()); err != nil {
+			return nil, err
+		}
+	}
 	return New(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, o)
 }

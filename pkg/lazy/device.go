@@ -66,6 +66,7 @@ type Device struct {
 	mapped  bool    // there was a map in Options that was not complete
 	epoch   deviceEpochs
 	owed    owed // what the map has yet to forget
+	witness witness
 
 	isLive    atomic.Bool
 	live      chan struct{} // closed by enterLive
@@ -117,6 +118,7 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 		ops:       newGate(),
 		closing:   make(chan struct{}),
 		flush:     newFlusher(),
+		witness:   witness{turn: make(chan struct{}, 1)},
 	}
 	d.waits.init(d.state.blocks, o.BlockSize)
 	d.knownZero.Store(o.KnownZero)
@@ -288,7 +290,12 @@ func (d *Device) Close() error {
 		d.attaching.Unlock()
 		<-d.ops.idle
 		d.loops.Wait()
-		d.closed = d.flush.flush(context.Background(), d, true)
+		if d.closed = d.flush.flush(context.Background(), d, true); d.closed != nil {
+			return
+		}
+		if err := d.bindCleanly(); err != nil {
+			d.log.Warn("the map could not note the clean end of its disk: it will be taken for one that was killed", "map", d.epoch.m.path, "error", err)
+		}
 	})
 	return d.closed
 }

@@ -208,6 +208,16 @@ func (f *flusher) alone(d *Device, do func() error) error {
 	return f.final(d, do())
 }
 
+// aloneOnMap is alone for what need not wait for a flush of the disk.
+func (f *flusher) aloneOnMap(d *Device, do func() error) error {
+	f.maps <- struct{}{}
+	defer f.leaveMap(d)
+	if err := f.failure(); err != nil {
+		return err
+	}
+	return f.final(d, do())
+}
+
 // fail notes that the disk or the map failed. The kernel may have dropped what it
 // could not write, so no retry can make it good: nothing is acknowledged from
 // here on.

@@ -38,6 +38,9 @@ type Map struct {
 	fresh  bool        // nothing was ever written to its disk by way of it
 	used   atomic.Bool // a device has it
 
+	backing Backing // nil: not bound by this process
+	borne   Mark    // by the backing, as far as is known
+
 	mu   sync.Mutex
 	head header // as it is in the file; guarded by mu, changed by update only
 }

@@ -128,9 +128,9 @@ func (l layout) putMask(b []byte, lo, block int64, words []uint64) {
 
 // forget clears the fetched bits of the blocks in spans, and makes that durable
 // together with a change of the header. It needs no flush of the disk, since it
-// changes nothing else: it works on the pages as they are in the file.
+// changes nothing else: it works on the pages as they are in the file. spans are
+// sorted and do not touch.
 func (m *Map) forget(spans []span, change func(h *header)) error {
-	spans = merged(spans)
 	b := make([]byte, pageSize)
 	for page, i := int64(0), 0; i < len(spans); page++ {
 		page = max(page, spans[i].lo/pageBits)

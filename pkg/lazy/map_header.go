@@ -17,6 +17,8 @@ const (
 	nameAt     = 80           // in a slot: u16 length, then the name
 	logAt      = crcAt - 4    // in a slot
 	epochAt    = 2048         // in a slot
+	bondAt     = epochAt + 24 // in a slot
+	samplesAt  = bondAt + 42 + MaxStamp
 	maxMapName = epochAt - nameAt - 2
 	maxOldName = logAt - nameAt - 2 // in a header of version 1
 
@@ -73,6 +75,7 @@ type header struct {
 	id      Identity
 	log     int64 // size of the log, in bytes; 0: none
 	epoch   epochs
+	bond    bond
 }
 
 // encode returns the slot.
@@ -93,6 +96,7 @@ func (h header) encode() []byte {
 	if h.version > 1 {
 		b = append(b, zeroes[:epochAt-len(b)]...)
 		b = h.epoch.append(b)
+		b = h.bond.append(b)
 	}
 	b = append(b, zeroes[:logAt-len(b)]...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(h.log))
@@ -143,7 +147,10 @@ func decodeSlot(b []byte) (h header, err error) {
 	if err := h.id.check(); err != nil {
 		return h, fmt.Errorf("%w: %w", ErrMapDamaged, err)
 	}
-	return h, nil
+	if h.version > 1 {
+		h.bond, err = decodeBond(b[bondAt:], blocksOf(h.id.Size, h.id.BlockSize))
+	}
+	return h, err
 }
 
 // check says what is wrong with a size or a block size.

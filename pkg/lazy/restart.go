@@ -54,12 +54,19 @@ func (d *Device) forgetWith(spans []span, change func(h *header)) error {
 }
 
 func (d *Device) forgetOwed(spans []span, change func(h *header)) error {
-	err := mayRetry(d.saver.m.forget(spans, change))
+	spans = merged(spans)
+	err := mayRetry(d.saver.m.forget(spans, func(h *header) {
+		change(h)
+		h.bond.drop(within(spans))
+	}))
 	switch {
 	case err == nil:
 		d.owed.spans = nil
+		if w := d.witness.watch.Load(); w != nil {
+			d.witness.watch.Store(w.without(within(spans)))
+		}
 	case noRoom(err):
-		d.owed.spans = merged(spans)
+		d.owed.spans = spans
 	}
 	d.owed.any.Store(len(d.owed.spans) > 0)
 	return err

@@ -139,6 +139,9 @@ func (d *Device) adopt(m *Map, o Options) error {
 		return nil
 	}
 	d.mapped = true
+	if m.backing != nil {
+		d.watchBlocks(&h.bond, newGate())
+	}
 	d.saver.m, d.saver.state, d.saver.spoil = m, d.state, d.capture.spoil
 	d.state.changes = newChanges(d.state.blocks)
 	d.state.partial.changes = d.state.changes
@@ -184,10 +187,18 @@ func (d *Device) finish() error {
 	} else if err != nil {
 		return err
 	}
+	if s.m.backing != nil {
+		if err := s.m.mark(); err != nil { // the mark before still counts
+			d.log.Warn("the disk could not be marked as complete; it is complete all the same", "map", s.m.path, "error", err)
+		}
+	}
 	if err := s.m.shrink(); err != nil {
 		d.log.Warn("the map could not be shrunk; it is complete all the same", "map", s.m.path, "error", err)
 	}
 	s.m = nil
+	if w := d.witness.watch.Swap(nil); w != nil {
+		w.writers.shut()
+	}
 	d.capture.stop()
 	return nil
 }
@@ -223,7 +234,7 @@ func (d *Device) saveLoop() {
 				continue
 			}
 			since, had = time.Now(), d.arrived()
-			err := d.flush.flush(context.Background(), d, true)
+			err := d.renewWitness(context.Background(), false)
 			var room *roomError
 			switch {
 			case errors.As(err, &room):
