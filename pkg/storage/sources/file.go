@@ -29,15 +29,17 @@ type FileOptions struct {
 	Size int64
 }
 
-// File is a regular file or a block device as storage.
+// File is a regular file or a block device as storage. Every call that may wait
+// for a device or for another call, and that is each of them, is one that the Go
+// scheduler is told of: a read that takes only what is cached (RWF_NOWAIT) waits
+// for the device's queue all the same, and a write for the inode's lock.
 type File struct {
 	path    string
 	file    *os.File
 	raw     syscall.RawConn // of file
-	quick   quick
-	size    int64        // of the storage
-	room    int64        // of the file or device, when it was opened
-	block   *blockDevice // nil: a regular file
+	size    int64           // of the storage
+	room    int64           // of the file or device, when it was opened
+	block   *blockDevice    // nil: a regular file
 	created bool
 	rdonly  bool
 
@@ -56,7 +58,8 @@ type File struct {
 	closeErr  error // of the first Close
 
 	// What the file system or device has said that it cannot do is not asked again.
-	noPunch, noZero, noZeroRange, noDiscard atomic.Bool
+	noPunch, noZero, noZeroRange, noDiscard, noSplice atomic.Bool
+	punched                                           atomic.Bool // a block device has given back a range
 }
 
 var (
@@ -94,12 +97,7 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	if want == 0 {
 		return 0, end
 	}
-	n := f.quick.read(p[:want], off)
-	if n == want {
-		return n, end
-	}
-	rest, err := f.file.ReadAt(p[n:want], off+int64(n))
-	n += rest
+	n, err := f.file.ReadAt(p[:want], off)
 	switch {
 	case n == want:
 		return n, end
@@ -115,12 +113,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := f.mayWrite("write", off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	n := f.quick.write(p, off)
-	if n == len(p) {
-		return n, nil
-	}
-	rest, err := f.file.WriteAt(p[n:], off+int64(n))
-	n += rest
+	n, err := f.file.WriteAt(p, off)
 	if err != nil {
 		return n, f.opError("write", off, int64(len(p)), err)
 	}

@@ -49,8 +49,8 @@ func zeroesByItself(sys, number string) bool {
 // CanZeroFast implements storage.FastZeroer. It is found out by OpenFile.
 func (f *File) CanZeroFast() bool { return f.fastZero }
 
-// ZeroFastAt implements storage.FastZeroer: by fallocate only. The kernel
-// refuses what a file system or device cannot do before it changes anything.
+// ZeroFastAt implements storage.FastZeroer: by fallocate only. If it is not
+// possible, nothing has changed.
 func (f *File) ZeroFastAt(off, length int64, punch bool) error {
 	const op = "zero quickly"
 	if err := f.mayWrite(op, off, length); err != nil {
@@ -67,11 +67,14 @@ func (f *File) ZeroFastAt(off, length int64, punch bool) error {
 		return f.writeZeroes(off, off+length) // less than two pages
 	}
 	done, err := false, error(nil)
-	if punch {
+	switch {
+	case f.block != nil:
+		done, err = f.punchDevice(from, to)
+	case punch:
 		done, err = f.try(&f.noPunch, func(fd int) error {
 			return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from)
 		})
-	} else {
+	default:
 		done, err = f.try(&f.noZeroRange, func(fd int) error {
 			return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, from, to-from)
 		})
@@ -86,6 +89,30 @@ func (f *File) ZeroFastAt(off, length int64, punch bool) error {
 		return err
 	}
 	return f.writeZeroes(to, off+length)
+}
+
+// punchDevice gives back a range of a block device. The kernel drops the cached
+// pages of the range, those that are not written yet too, before it asks the
+// device. So until the device has done it once they are written first; one that
+// refuses later has the range zeroed as slowly as may be.
+func (f *File) punchDevice(from, to int64) (done bool, err error) {
+	known := f.punched.Load()
+	done, err = f.try(&f.noPunch, func(fd int) error {
+		if !known {
+			const all = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+			if err := unix.SyncFileRange(fd, from, to-from, all); err != nil {
+				return err
+			}
+		}
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from)
+	})
+	switch {
+	case done:
+		f.punched.Store(true)
+	case known && err == nil:
+		return true, f.writeZeroes(from, to)
+	}
+	return done, err
 }
 
 // deviceNumber is MAJOR:MINOR of an open block device.

@@ -120,16 +120,11 @@ func openExisting(path string, info os.FileInfo, o FileOptions) (*os.File, error
 
 // newFile locks an open file. The caller closes it on error.
 func newFile(path string, file *os.File, o FileOptions, patient bool) (*File, error) {
-	info, err := file.Stat()
-	if err != nil {
-		return nil, err
-	}
 	raw, err := file.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	f := &File{path: path, file: file, raw: raw, rdonly: o.ReadOnly}
-	f.quick.init(raw, info.Mode().IsRegular())
 	f.flusher.init(f.fdatasync)
 	access := AccessLive
 	switch {

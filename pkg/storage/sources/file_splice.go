@@ -2,6 +2,7 @@ package sources
 
 import (
 	"io"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -9,7 +10,7 @@ import (
 )
 
 // CanSplice implements storage.Splicer.
-func (f *File) CanSplice() bool { return !f.quick.noSplice.Load() }
+func (f *File) CanSplice() bool { return !f.noSplice.Load() }
 
 // SpliceAt implements storage.Splicer by splice(2), and by a copy where the file
 // system has no such thing.
@@ -18,9 +19,9 @@ func (f *File) SpliceAt(pipe int, off, length int64) error {
 		return err
 	}
 	for length > 0 {
-		n, err := f.quick.splice(pipe, off, length)
+		n, err := f.splice(pipe, off, length)
 		if isUnsupported(err) {
-			f.quick.noSplice.Store(true)
+			f.noSplice.Store(true)
 			n, err = f.copyFrom(pipe, off, length)
 		}
 		switch {
@@ -50,12 +51,15 @@ func (f *File) copyFrom(pipe int, off, length int64) (int64, error) {
 	return int64(n), err
 }
 
+// maxSplice is the most that one call moves, in bytes.
+const maxSplice = 1 << 20
+
 // splice moves some of length bytes from a pipe to off, and says how many.
-func (q *quick) splice(pipe int, off, length int64) (int64, error) {
-	op := newQuickOp(q, nil, off)
-	defer op.free()
-	op.pipe, op.length = pipe, int(min(length, maxQuick))
-	if q.raw.Control(op.splice) != nil {
+func (f *File) splice(pipe int, off, length int64) (int64, error) {
+	op := spliceOps.Get().(*spliceOp)
+	defer spliceOps.Put(op)
+	op.pipe, op.off, op.length = pipe, off, int(min(length, maxSplice))
+	if f.raw.Control(op.call) != nil {
 		return 0, ErrClosed
 	}
 	if op.errno != 0 {
@@ -64,13 +68,25 @@ func (q *quick) splice(pipe int, off, length int64) (int64, error) {
 	return int64(op.n), nil
 }
 
-func (op *quickOp) doSplice(fd uintptr) {
-	call := syscall.Syscall6
-	if op.q.memory {
-		call = syscall.RawSyscall6
-	}
-	n, _, errno := call(unix.SYS_SPLICE, uintptr(op.pipe), 0, fd, uintptr(unsafe.Pointer(&op.off)), uintptr(op.length), unix.SPLICE_F_NONBLOCK)
-	if op.errno = errno; errno == 0 {
-		op.n = int(n)
-	}
+// spliceOp is one call. Its method is made into a function value once, since that
+// costs an allocation.
+type spliceOp struct {
+	pipe   int
+	off    int64
+	length int
+	call   func(fd uintptr)
+
+	n     int // bytes moved
+	errno syscall.Errno
+}
+
+var spliceOps = sync.Pool{New: func() any {
+	op := new(spliceOp)
+	op.call = op.do
+	return op
+}}
+
+func (op *spliceOp) do(fd uintptr) {
+	n, _, errno := syscall.Syscall6(unix.SYS_SPLICE, uintptr(op.pipe), 0, fd, uintptr(unsafe.Pointer(&op.off)), uintptr(op.length), unix.SPLICE_F_NONBLOCK)
+	op.n, op.errno = int(n), errno
 }

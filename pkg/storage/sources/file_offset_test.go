@@ -29,13 +29,12 @@ func inMemory(t *testing.T) string {
 func TestFileInMemoryPassesTheSuite(t *testing.T) {
 	storagetest.Run(t, func(t *testing.T, size int64) storage.StorageProvider {
 		f := create(t, filepath.Join(inMemory(t), "disk"), size)
-		require.True(t, f.quick.memory)
 		return f
 	})
 }
 
-// Both quick ways go as far as an offset can, and agree with the ordinary one.
-func TestQuickIsTheSameAsOrdinary(t *testing.T) {
+// TestEveryOffsetIsReached: beyond 4 GiB, and across pages.
+func TestEveryOffsetIsReached(t *testing.T) {
 	for name, dir := range map[string]string{"device": t.TempDir(), "memory": inMemory(t)} {
 		t.Run(name, func(t *testing.T) {
 			const size = 9 << 30 // sparse
@@ -65,7 +64,7 @@ func TestQuickIsTheSameAsOrdinary(t *testing.T) {
 	}
 }
 
-func TestWhatIsNotCachedIsReadTheOrdinaryWay(t *testing.T) {
+func TestWhatIsNotCachedIsRead(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "disk"), 8<<20)
 	b, got := make([]byte, 8<<20), make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(b)
@@ -82,19 +81,4 @@ func TestWhatIsNotCachedIsReadTheOrdinaryWay(t *testing.T) {
 		require.Equal(t, len(got), n)
 		require.Equal(t, b, got)
 	}
-}
-
-// tmpfs does not know RWF_NOWAIT, if it is not recognized as what it is.
-func TestAFileSystemWithoutNoWaitIsAskedOnce(t *testing.T) {
-	f := create(t, filepath.Join(inMemory(t), "disk"), 4096)
-	_, err := f.WriteAt([]byte("data"), 100)
-	require.NoError(t, err)
-	f.quick.memory = false
-	b := make([]byte, 4)
-	if n := f.quick.read(b, 100); n == 0 { // kernels of one day may know it
-		require.True(t, f.quick.never.Load())
-	}
-	_, err = f.ReadAt(b, 100)
-	require.NoError(t, err)
-	require.Equal(t, "data", string(b))
 }
