@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 )
 
 // drawer draws the steps of a run: those of a story, with others between them
@@ -168,8 +169,8 @@ func (d *drawer) draw(r *run) string {
 	add(2, f != "", "live "+d.label()+" "+h.name+" "+f+" reclaim")
 	add(2, len(files) > 1, some("live "+d.label()+" "+h.name+" "+one(d, files)+","+f, "slow"))
 	add(2, f != "", "clone "+d.label()+" "+h.name+" "+f)
-	add(8, port != "", some("dest "+d.label()+" "+h.name+" "+one(d, append(files, "d"+disk, newName))+" "+port, "overwrite"))
-	add(4, port != "" && f != "", some("dest "+d.label()+" "+h.name+" "+f+" "+port, "overwrite"))
+	add(9, port != "", some("dest "+d.label()+" "+h.name+" "+d.taking(r, port)+" "+port, "overwrite"))
+	add(2, port != "" && f != "", some("dest "+d.label()+" "+h.name+" "+f+" "+port, "overwrite"))
 	add(7, len(running) > 0, "kill "+one(d, running))
 	add(5, len(running) > 0, "term "+one(d, running))
 	add(1, len(running) > 0, "power "+h.name)
@@ -217,6 +218,22 @@ func (d *drawer) draw(r *run) string {
 		}
 	}
 	return ""
+}
+
+// taking names files for the disks that the last source at a port had.
+func (d *drawer) taking(r *run, port string) string {
+	names := []string{"d" + port[1:]}
+	for _, p := range r.procs {
+		if p.kind != dest && p.port == r.ports[port] {
+			names = p.names
+		}
+	}
+	first := one(d, []string{"d", "d", "e", "g", "k"})
+	var all []string
+	for _, n := range names {
+		all = append(all, first+n[len(n)-1:])
+	}
+	return strings.Join(all, ",")
 }
 
 func (d *drawer) snapStep(h *host, f string) string {
