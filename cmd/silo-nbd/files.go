@@ -20,6 +20,7 @@ func (f *sourceFlags) openFrozen(specs []disks.Spec, c *console) ([]*sources.Fil
 		return nil, fmt.Errorf("%w; --shared sends it all the same, if it is surely not written meanwhile", err)
 	}
 	warnOf(files, c)
+	warnOfFormat(files, c)
 	return files, err
 }
 
@@ -29,5 +30,18 @@ func warnOf(files []*sources.File, c *console) {
 		for _, w := range f.Warnings() {
 			c.log.Warn(w)
 		}
+	}
+}
+
+// warnOfFormat logs which of the disks seem to be images of another format.
+func warnOfFormat(files []*sources.File, c *console) {
+	for _, f := range files {
+		format, err := f.Format()
+		if err != nil || format == "" {
+			continue // what cannot be read shows itself soon enough
+		}
+		c.log.Warn("this is an image of another format and not a disk: it is taken byte by byte, and not as the disk that it holds; "+
+			"convert it to raw with qemu-img, or unpack it, or export it with qemu-nbd and take the device of silo-nbd attach",
+			"disk", f.Path(), "format", format)
 	}
 }

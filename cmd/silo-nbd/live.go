@@ -103,6 +103,7 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 		return l, err
 	}
 	warnOf(l.files, c)
+	warnOfFormat(l.files, c)
 	var named []identity.LiveDisk
 	for i, file := range l.files {
 		s := specs[i]

@@ -152,6 +152,7 @@ func (r *receiver) completed(d *disks.Disk) {
 	if err := d.SetAccess(sources.AccessLive); err != nil {
 		r.console.log.Warn("others are kept from reading the disk although it is complete", "disk", d.Name, "error", err)
 	}
+	warnOfFormat([]*sources.File{d.File}, r.console)
 }
 
 // resume serves what is here from an earlier run, before there is a source.

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // The files of a directory.
@@ -57,7 +58,7 @@ func load(dir string, o Options) (*identity, error) {
 
 func read(dir, name, what string) ([]byte, error) {
 	path := filepath.Join(dir, name)
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO is no reason to hang
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("%s: does not exist: put %s there, in PEM form", path, what)
@@ -72,7 +73,7 @@ func read(dir, name, what string) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxFile {
-		return nil, fmt.Errorf("%s: is no file of a certificate's or key's size: want %s, in PEM form", path, what)
+		return nil, fmt.Errorf("%s: is not a regular file of at most 4 MiB: want %s, in PEM form", path, what)
 	}
 	b := make([]byte, info.Size())
 	n, err := f.ReadAt(b, 0)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -38,7 +39,7 @@ func Open(ctx context.Context, name string, secure nbdclient.Secure) (Side, erro
 		}
 		return c, nil
 	}
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO is no reason to hang
 	if err != nil {
 		return nil, err
 	}
