@@ -59,6 +59,10 @@ use gives it new connections, and what waited goes on.`,
 			if err != nil {
 				return fmt.Errorf("attach: %w", err)
 			}
+			if r.Unread {
+				// As below.
+				fmt.Fprintf(cmd.ErrOrStderr(), "the export has not shown its partition table yet: if that was made for blocks of 4096 bytes, detach %v, and attach it again with --block-size 4096\n", r.Device)
+			}
 			if r.Cut > 0 {
 				// Nobody is left to tell if this fails.
 				fmt.Fprintf(cmd.ErrOrStderr(), "the export's last %d bytes are no whole block: %v ends before them\n", r.Cut, r.Device)
@@ -69,6 +73,7 @@ use gives it new connections, and what waited goes on.`,
 	}
 	f := cmd.Flags()
 	f.Var(&device, "device", "the device; auto takes one that is free")
+	f.IntVar(&opts.BlockSize, "block-size", 0, "size of the device's blocks in `BYTES`, 512 to 4096; 0 is what its partition table (GPT) was made for, and otherwise 512")
 	f.IntVar(&opts.Connections, "connections", 1, "how many `CONNECTIONS` there are; several need --timeout")
 	f.DurationVar(&opts.Timeout, "timeout", 0, "take a connection for dead when an answer takes longer; 0s waits for ever, as dest does")
 	f.DurationVar(&opts.DeadTimeout, "dead-timeout", 10*time.Minute, "how long requests wait for new connections when dest has ended, before they fail")

@@ -36,6 +36,9 @@ type Options struct {
 	// DeadTimeout is how long requests wait for new connections, when all
 	// are dead, before they fail.
 	DeadTimeout time.Duration
+	// BlockSize is that of the device, in bytes; 0 is what its partition table
+	// was made for.
+	BlockSize int
 }
 
 // Check says what of the options makes no sense.
@@ -47,6 +50,8 @@ func (o Options) Check() error {
 		return fmt.Errorf("--timeout: %v is out of range: want 0s, which is for ever, to %v", o.Timeout, maxTimeout)
 	case o.DeadTimeout < 0 || o.DeadTimeout > maxTimeout:
 		return fmt.Errorf("--dead-timeout: %v is out of range: want 0s to %v", o.DeadTimeout, maxTimeout)
+	case o.BlockSize != 0 && (o.BlockSize < sector || o.BlockSize > maxBlock || bits.OnesCount(uint(o.BlockSize)) != 1):
+		return fmt.Errorf("--block-size: %d is not a block size: want a power of two from %d to %d", o.BlockSize, sector, maxBlock)
 	case o.Connections > 1 && o.Timeout == 0:
 		return errors.New("--connections: with several of them the kernel cannot wait for ever: give --timeout too, longer than an outage may last")
 	}
@@ -55,10 +60,13 @@ func (o Options) Check() error {
 
 // Result is what was attached.
 type Result struct {
-	Device  Device
-	Size    int64 // of the device, in bytes
-	Cut     int64 // how many bytes at the export's end are no whole block, and so not part of the device
-	Renewed bool  // the device was attached already and is in use: connections of its that were dead are new
+	Device Device
+	Size   int64 // of the device, in bytes
+	Cut    int64 // how many bytes at the export's end are no whole block, and so not part of the device
+	// Unread says that the export did not show its partition table in time, so
+	// that the block size is the smallest.
+	Unread  bool
+	Renewed bool // the device was attached already and is in use: connections of its that were dead are new
 }
 
 // Attach makes the export that an NBD URI names a block device. It returns when
@@ -102,12 +110,12 @@ func (a *attacher) attach(ctx context.Context, t nbdclient.Target) (Result, erro
 		return Result{}, err
 	}
 	defer p.release()
-	conns, err := a.dial(ctx, t)
+	conns, err := a.dial(ctx, t, p)
 	if err != nil {
 		return Result{}, err
 	}
 	defer conns.close() // the kernel has its own hold on what it took
-	r := Result{Device: p.device, Size: conns.size, Cut: conns.cut, Renewed: p.what == renew}
+	r := Result{Device: p.device, Size: conns.size, Cut: conns.cut, Unread: conns.unread, Renewed: p.what == renew}
 	switch p.what {
 	case renew:
 		return r, a.renew(r, conns)
@@ -196,6 +204,7 @@ func (h host) planFor(d Device, backend string) (plan, error) {
 type connections struct {
 	size, cut int64
 	block     uint32
+	unread    bool // the block size is a guess
 	flags     uint16
 	all       []*nbdclient.Transport
 	files     []*os.File
@@ -219,18 +228,25 @@ func (c *connections) sockets() []int {
 }
 
 // dial connects as often as is asked for. Close what it returns.
-func (a *attacher) dial(ctx context.Context, t nbdclient.Target) (*connections, error) {
-	c := &connections{}
-	for i := range max(a.opts.Connections, 1) {
-		conn, err := nbdclient.DialTransport(ctx, t)
-		if err == nil {
+func (a *attacher) dial(ctx context.Context, t nbdclient.Target, p plan) (*connections, error) {
+	c := &connections{block: a.wantedBlock(p)}
+	var err error
+	if c.block == 0 {
+		err = c.first(ctx, t)
+	}
+	for i := 0; err == nil && i < max(a.opts.Connections, 1); i++ {
+		if i == len(c.all) {
+			var conn *nbdclient.Transport
+			if conn, err = nbdclient.DialTransport(ctx, t); err != nil {
+				break
+			}
 			c.all = append(c.all, conn)
-			err = c.add(i, conn, a.opts.Connections)
 		}
-		if err != nil {
-			c.close()
-			return nil, err
-		}
+		err = c.add(i, c.all[i], a.opts.Connections)
+	}
+	if err != nil {
+		c.close()
+		return nil, err
 	}
 	return c, nil
 }
@@ -255,13 +271,18 @@ func (c *connections) add(i int, t *nbdclient.Transport, want int) error {
 	return nil
 }
 
-// shape finds the size and the block size of the device. Blocks are as small
-// as may be: a disk's partition table counts in them.
+// shape finds the size and the block size of the device. A disk's partition table
+// counts in blocks, so they are what it was made for, and otherwise as small as may
+// be.
 func (c *connections) shape(t *nbdclient.Transport) error {
-	c.block, c.flags = max(t.MinBlock, sector), t.Flags
-	if c.block > maxBlock || bits.OnesCount32(c.block) != 1 {
-		return fmt.Errorf("the server wants blocks of %d bytes: the kernel takes powers of two up to %d", c.block, maxBlock)
+	least := max(t.MinBlock, sector)
+	switch {
+	case least > maxBlock || bits.OnesCount32(least) != 1:
+		return fmt.Errorf("the server wants blocks of %d bytes: the kernel takes powers of two up to %d", least, maxBlock)
+	case c.block != 0 && c.block < least:
+		return fmt.Errorf("--block-size: the server wants blocks of %d bytes, more than %d", least, c.block)
 	}
+	c.block, c.flags = max(least, c.block), t.Flags
 	c.cut = int64(t.Size % uint64(c.block))
 	c.size = int64(t.Size) - c.cut
 	if c.size <= 0 {

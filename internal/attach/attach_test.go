@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
-	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
 )
 
 // machine is a kernel with its sysfs in a directory.
@@ -102,21 +100,7 @@ func (m *machine) do(cmd uint8, a attrs) ([]byte, error) {
 // export serves a disk of zeroes over a unix socket.
 func export(t *testing.T, size int) nbdclient.Target {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "attach") // short enough for a socket
-	require.NoError(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "n")
-	ln, err := net.Listen("unix", socket)
-	require.NoError(t, err)
-	s := nbdexport.NewServer(nbdexport.Options{})
-	require.NoError(t, s.AddExport(nbdexport.Export{Name: "vm", Backend: backend.NewMemoryBackend(make([]byte, size))}))
-	ended := make(chan error, 1)
-	go func() { ended <- s.Serve(ln) }()
-	t.Cleanup(func() {
-		require.NoError(t, s.Close())
-		<-ended
-	})
-	return nbdclient.Target{Network: "unix", Address: socket, Export: "vm"}
+	return serve(t, backend.NewMemoryBackend(make([]byte, size)))
 }
 
 func (m *machine) attach(t nbdclient.Target, o Options) (Result, error) {
