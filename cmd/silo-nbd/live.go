@@ -16,6 +16,7 @@ import (
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -139,7 +140,7 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 		if err != nil {
 			return l, err
 		}
-		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner.Device})
+		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner.Device, Waiting: nbdexport.Waiting})
 		if err != nil {
 			return l, err
 		}

@@ -4,16 +4,22 @@ import (
 	"bytes"
 	"errors"
 	"log/slog"
+	"net"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/silo-nbd/silo-nbd/internal/nbdclient"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/nbdexport"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
 // Many reads that are given up together are one line for each disk.
@@ -54,3 +60,71 @@ func TestReadsGivenUpTogetherAreOneLine(t *testing.T) {
 		require.Equal(t, 3, strings.Count(log.String(), "\n"), log.String())
 	})
 }
+
+// slowFlush is storage whose flush takes its time.
+type slowFlush struct{ storage.StorageProvider }
+
+func (s slowFlush) Flush() error {
+	<-time.After(200 * time.Millisecond)
+	return s.StorageProvider.Flush()
+}
+
+// Three flushes that wait for the disk, and for each other, are none that wait for
+// the source: the stall rule leaves them alone, and they are not counted. A read of
+// what is missing is given up, and counted (fault G1, trap R5).
+func TestStallRuleHitsOnlyWhatWaitsForTheSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dev, err := lazy.New(slowFlush{sources.NewMemoryStorage(1 << 20)}, lazy.Options{Waiting: nbdexport.Waiting, Log: slog.New(slog.DiscardHandler)})
+		require.NoError(t, err)
+		server := nbdexport.NewServer(nbdexport.Options{StallError: 60 * time.Millisecond})
+		require.NoError(t, server.AddExport(nbdexport.Export{Name: "disk", Backend: dev}))
+		door := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+		var serving sync.WaitGroup
+		serving.Go(func() { require.ErrorIs(t, server.Serve(door), nbdexport.ErrServerClosed) })
+		ours, theirs := net.Pipe()
+		door.conns <- theirs
+		c, err := nbdclient.New(t.Context(), ours, "disk")
+		require.NoError(t, err)
+		var wg sync.WaitGroup
+		for i := range int64(3) {
+			wg.Go(func() {
+				_, err := c.WriteAt(make([]byte, 64<<10), i*64<<10)
+				require.NoError(t, err)
+				require.NoError(t, c.Flush())
+			})
+		}
+		synctest.Wait()
+		require.Zero(t, server.Waits().Count)
+		wg.Wait()
+
+		wg.Go(func() {
+			_, err := c.ReadAt(make([]byte, 512), 1<<19)
+			require.ErrorIs(t, err, syscall.EIO)
+		})
+		synctest.Wait()
+		require.Equal(t, 1, server.Waits().Count)
+		wg.Wait()
+		require.NoError(t, c.Close())
+		require.NoError(t, server.Close())
+		serving.Wait()
+		require.NoError(t, dev.Close())
+	})
+}
+
+// pipes is a listener.
+type pipes struct {
+	conns  chan net.Conn
+	closed chan struct{}
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error   { close(p.closed); return nil }
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{} }

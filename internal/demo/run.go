@@ -130,6 +130,7 @@ func (s *stage) newDestination(p *parts) (<-chan *lazy.Device, error) {
 	p.server = nbdexport.NewServer(nbdexport.Options{Log: s.Log})
 	var err error
 	p.dest, err = migrate.NewDestination(migrate.DestinationOptions{
+		Waiting: nbdexport.Waiting,
 		Disks: 1,
 		Log:   s.Log,
 		Open: func(a migrate.Announcement) (migrate.DestinationDisk, error) {

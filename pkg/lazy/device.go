@@ -37,6 +37,10 @@ type Options struct {
 	// Standby says; its block size is the default. It stays the caller's to
 	// close, after the device.
 	Map *Map
+	// Waiting is told that the call whose context it gets begins to wait for the
+	// source, and what it returns, which must not be nil, that this is over. Waits
+	// for the disk are not told. Nil: nobody is.
+	Waiting func(ctx context.Context) (over func())
 	// Log is told of reads that wait, and of a disk or map that fails. Nil means
 	// slog.Default().
 	Log *slog.Logger
@@ -50,6 +54,7 @@ type Device struct {
 	blockSize int64
 	revocable bool
 	log       *slog.Logger
+	onWait    func(ctx context.Context) (over func()) // Options.Waiting
 
 	// direct is the one thing that client I/O looks at when the device is
 	// complete: reads and writes then go straight to the disk. It is only true
@@ -113,6 +118,7 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 		blockSize: o.BlockSize,
 		revocable: o.Revocable,
 		log:       o.Log,
+		onWait:    o.Waiting,
 		state:     newState(blocksOf(size, o.BlockSize)),
 		live:      make(chan struct{}),
 		ops:       newGate(),

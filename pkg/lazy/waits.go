@@ -91,6 +91,9 @@ func (d *Device) waitLive(ctx context.Context, off int64) error {
 	w := &waiter{off: off}
 	d.waits.enlist(w)
 	defer d.waits.delist(w)
+	if d.onWait != nil {
+		defer d.onWait(ctx)()
+	}
 	return d.wait(ctx, d.live, off)
 }
 
@@ -103,10 +106,15 @@ func (d *Device) waitReadable(ctx context.Context, off, end int64) error {
 		d.demand.observe(time.Since(w.since))
 		d.waits.delist(w)
 	}()
+	told := false
 	for {
 		here := d.waits.need(d, w, off, end)
 		if here == nil {
 			return nil
+		}
+		if d.onWait != nil && !told {
+			told = true
+			defer d.onWait(ctx)()
 		}
 		if err := d.wait(ctx, here, off); err != nil {
 			return err

@@ -41,7 +41,7 @@ type destDisk struct {
 }
 
 // newDestDisk makes the device that takes what a announces into opened.
-func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.Logger) (*destDisk, error) {
+func (d *Destination) newDestDisk(a Announcement, plain bool, opened DestinationDisk) (*destDisk, error) {
 	geo, err := newGeometry(int64(a.Size), int64(a.BlockSize))
 	if err != nil {
 		return nil, err
@@ -50,11 +50,11 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	d := &destDisk{
-		name: cmp.Or(opened.Name, a.Name), geo: geo, id: a.Identity, store: opened, plain: plain, log: log,
+	disk := &destDisk{
+		name: cmp.Or(opened.Name, a.Name), geo: geo, id: a.Identity, store: opened, plain: plain, log: d.log,
 		device: deviceOf(opened),
 	}
-	d.dev, err = lazy.New(store, lazy.Options{
+	disk.dev, err = lazy.New(store, lazy.Options{
 		BlockSize: geo.blockSize,
 		// Until the source says that nobody writes its disk any more; a map may know.
 		Standby:   !plain,
@@ -62,15 +62,16 @@ func newDestDisk(a Announcement, plain bool, opened DestinationDisk, log *slog.L
 		// A plain Silo source goes on writing, and takes blocks back.
 		Revocable: plain,
 		Map:       opened.Map,
-		Log:       log.With("disk", d.name),
+		Log:       d.log.With("disk", disk.name),
+		Waiting:   d.opts.Waiting,
 	})
 	if err != nil {
 		return nil, err
 	}
-	if d.dev.Stats().Complete {
-		d.completed()
+	if disk.dev.Stats().Complete {
+		disk.completed()
 	}
-	return d, nil
+	return disk, nil
 }
 
 // completed notes that the disk is complete, which may be said again.

@@ -66,7 +66,10 @@ type DestinationOptions struct {
 	// by side: the first whose other end speaks as a source does is served. 0: one
 	// after another.
 	MaxCallers int
-	Log        *slog.Logger // nil: no log
+	// Waiting is told of calls to the devices that wait for the source: see
+	// lazy.Options.
+	Waiting func(ctx context.Context) (over func())
+	Log     *slog.Logger // nil: no log
 }
 
 // Destination is the receiving end of a migration: a lazy device for each
@@ -300,7 +303,7 @@ func (d *Destination) open(di *protocol.DevInfo) (*destDisk, error) {
 	if err != nil {
 		return nil, fmt.Errorf("disk %q: %w", cut(di.Name, maxName), err)
 	}
-	disk, err := newDestDisk(a, di.Extension == nil, opened, d.log)
+	disk, err := d.newDestDisk(a, di.Extension == nil, opened)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("disk %q: %w", cut(di.Name, maxName), err), opened.close())
 	}
@@ -316,7 +319,7 @@ func (d *Destination) Resume(sourceName string, opened DestinationDisk) error {
 		Name: sourceName, Size: uint64(id.Size), BlockSize: uint32(id.BlockSize),
 		Identity: Identity{UUID: id.Source, Generation: id.Generation},
 	}
-	disk, err := newDestDisk(a, false, opened, d.log)
+	disk, err := d.newDestDisk(a, false, opened)
 	if err != nil {
 		return errors.Join(fmt.Errorf("disk %q: %w", sourceName, err), opened.close())
 	}

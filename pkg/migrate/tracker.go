@@ -33,6 +33,8 @@ type Tracker struct {
 	ext   storage.Extenter // nil: it knows no holes
 	size  int64
 
+	onWait func(ctx context.Context) (over func()) // TrackerOptions.Waiting; may be nil
+
 	gate   atomic.Int32         // gateServing and so on; changed under mu
 	writes atomic.Int64         // in flight
 	dirt   atomic.Pointer[dirt] // nil: nothing is remembered
@@ -68,6 +70,8 @@ type TrackerOptions struct {
 	HandedOff bool
 	// Owner is the destination's device that it was handed off to.
 	Owner Device
+	// Waiting is told of calls that wait for the end of a handoff: see lazy.Options.
+	Waiting func(ctx context.Context) (over func())
 }
 
 // NewTracker returns a Tracker for store, which stays the caller's to close.
@@ -76,7 +80,7 @@ func NewTracker(store storage.StorageProvider, o TrackerOptions) (*Tracker, erro
 	if store.Size() > math.MaxInt64 {
 		return nil, fmt.Errorf("migrate: disk of %d bytes: want less than 8 EiB", store.Size())
 	}
-	t := &Tracker{store: store, size: int64(store.Size()), owner: o.Owner, drained: make(chan struct{}, 1)}
+	t := &Tracker{store: store, size: int64(store.Size()), owner: o.Owner, onWait: o.Waiting, drained: make(chan struct{}, 1)}
 	t.zero, _ = store.(storage.Zeroer)
 	t.trim, _ = store.(storage.Trimmer)
 	t.ext, _ = store.(storage.Extenter)
@@ -210,6 +214,9 @@ func (t *Tracker) await(ctx context.Context) error {
 	t.mu.Unlock()
 	if opened == nil {
 		return nil
+	}
+	if t.onWait != nil {
+		defer t.onWait(ctx)()
 	}
 	select {
 	case <-opened:

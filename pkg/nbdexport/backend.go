@@ -9,12 +9,11 @@ import (
 
 // A backend may implement the interfaces below; each is found by itself.
 //
-// The contexts end when the client has gone, when the server shuts down, or
-// when the stall rule says so. A backend that is about to wait for something
-// slow (the network, not the disk) asks its context for Done then, and not
-// before: that is what tells the server that the request waits, so that others
-// are served meanwhile and the wait shows in the log. Asking always is correct
-// too, but slower.
+// The contexts end when the client has gone, and while a wait of Waiting lasts also
+// when the server shuts down or when the stall rule says so. A backend that is about
+// to wait for something slow (the network, not the disk) calls Waiting: that is what
+// tells the server that the request waits, so that others are served meanwhile and
+// the wait shows in the log.
 type (
 	// ReaderAtContext is a backend whose reads can be given up.
 	ReaderAtContext interface {

@@ -53,16 +53,20 @@ type conn struct {
 	mu   sync.Mutex
 	room sync.Cond // on mu: there is room for another request, perhaps
 	// Guarded by mu:
-	active       int        // requests of workers that are not the leader
-	idle         int        // workers without a request
-	waiters      []*request // that wait for data
-	waitingBytes int64      // charged to them
-	queue        []*request // finished, to be answered
-	queued       int64      // bytes of the replies, with those being written
-	writing      bool       // somebody writes replies
-	ended        bool       // no more requests: the client said goodbye, has gone, or is sent away
-	stopping     bool       // requests that wait end with ESHUTDOWN
-	cause        error      // why it is dead
+	active       int           // requests of workers that are not the leader
+	idle         int           // workers without a request
+	waiters      []*request    // that wait for data
+	waitingBytes int64         // charged to them
+	freeWaits    int           // of waiters: those that cost nothing
+	overWaits    int           // of waiters: those that could not be charged
+	asked        []*request    // that look at their context's end
+	charging     chan struct{} // closed when there may be room again; nil unless the leader waits for Server.waits
+	queue        []*request    // finished, to be answered
+	queued       int64         // bytes of the replies, with those being written
+	writing      bool          // somebody writes replies
+	ended        bool          // no more requests: the client said goodbye, has gone, or is sent away
+	stopping     bool          // requests that wait end with ESHUTDOWN
+	cause        error         // why it is dead
 
 	dead  atomic.Bool   // what has not begun never begins
 	dying chan struct{} // closed with dead
@@ -179,7 +183,7 @@ func (c *conn) retire() {
 	c.mu.Lock()
 	c.active--
 	last := c.active == 0 && c.ended
-	c.room.Signal()
+	c.roomLocked()
 	c.mu.Unlock()
 	if last {
 		c.raw.SetReadDeadline(time.Now()) // wakes linger, which waits for nothing else
@@ -263,7 +267,7 @@ func (c *conn) stop() {
 	for _, r := range c.waiters {
 		r.wait.cancelLocked(errShutdown)
 	}
-	c.room.Broadcast()
+	c.roomLocked()
 	c.mu.Unlock()
 	if !ended {
 		c.raw.SetReadDeadline(time.Now())
@@ -293,7 +297,10 @@ func (c *conn) kill(err error) {
 	for _, r := range c.waiters {
 		r.wait.cancelLocked(errNotServed)
 	}
-	c.room.Broadcast()
+	for _, r := range c.asked {
+		r.wait.cancelLocked(errNotServed)
+	}
+	c.roomLocked()
 	c.mu.Unlock()
 	c.raw.Close() // there is nobody left to care for an error
 	if longest >= stallLog[0] {

@@ -67,6 +67,7 @@ func (d *disk) ReadAtContext(ctx context.Context, p []byte, off int64) (int, err
 	waits, here := d.missing > 0 && off+int64(len(p)) > d.missing, d.here
 	d.mu.Unlock()
 	if waits {
+		defer Waiting(ctx)()
 		select {
 		case <-here:
 		case <-ctx.Done():

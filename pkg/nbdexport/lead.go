@@ -1,6 +1,9 @@
 package nbdexport
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // lead reads requests and runs them. It returns true when another worker leads
 // and what this one had to do is done, false when there are no more requests.
@@ -107,15 +110,66 @@ func (c *conn) hasRoom() bool {
 
 func (c *conn) hasRoomLocked() bool {
 	return c.active-len(c.waiters) < maxActive && len(c.waiters) < maxWaiting &&
-		c.waitingBytes < maxWaitingBytes && c.queued < maxQueued
+		c.waitingBytes < maxWaitingBytes && c.queued < maxQueued && c.overWaits == 0
+}
+
+// roomLocked wakes the leader, which waits for room.
+func (c *conn) roomLocked() {
+	c.room.Broadcast()
+	if c.charging != nil {
+		close(c.charging)
+		c.charging = nil
+	}
+}
+
+// chargeLocked charges a request that waits and could not be charged so far. It
+// waits for that until something of the connection has changed.
+func (c *conn) chargeLocked() {
+	changed := make(chan struct{})
+	c.charging = changed
+	c.mu.Unlock()
+	got := c.s.waits.acquire(waitCost, changed)
+	c.mu.Lock()
+	if c.charging == changed {
+		c.charging = nil
+	}
+	if !got {
+		return
+	}
+	for _, r := range c.waiters {
+		if r.wait.place == placeOver {
+			r.wait.place = placeCharged
+			c.overWaits--
+			return
+		}
+	}
+	c.s.waits.release(waitCost) // its wait is over
 }
 
 // waitRoom waits for room. It says no when there are no more requests to come.
 func (c *conn) waitRoom() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.ended || c.hasRoomLocked() {
+		return !c.ended
+	}
+	// Nothing is read meanwhile that would show that the client has gone.
+	watch := time.AfterFunc(math.MaxInt64, func() {
+		if c.gone() {
+			c.kill(errHungUp)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.roomLocked() // looks again, and sets the timer
+	})
+	defer watch.Stop()
 	for !c.ended && !c.hasRoomLocked() {
-		c.room.Wait()
+		watch.Reset(lookForClient)
+		if c.overWaits > 0 {
+			c.chargeLocked()
+		} else {
+			c.room.Wait()
+		}
 	}
 	return !c.ended
 }

@@ -25,6 +25,8 @@ const (
 	maxActive       = 64        // requests of a connection that run at once, not counting those that wait
 	maxWaiting      = 4096      // requests of a connection that wait for data
 	maxWaitingBytes = 64 << 20  // memory of a connection's waiting requests that does not count as active
+	waitCost        = 8 << 10   // of a request that waits beside its data: its goroutine with its stack, and what it is noted in
+	freeWaits       = 8         // requests of a connection that may wait whatever others do
 	maxQueued       = 4 << 20   // replies of a connection that wait for a slow client, or one reply
 	maxIdleWorkers  = 8         // goroutines of a connection kept for the next request
 	maxExtents      = 64 << 10  // extents in one reply to NBD_CMD_BLOCK_STATUS
@@ -52,6 +54,8 @@ const (
 	maxReadChunks = 64      // of one READ
 
 	bigRequest = 4 << 20 // from here on a request always has a worker of its own
+
+	lookForClient = time.Second // how often the leader looks whether the client has gone, while it reads nothing
 
 	stuckAfter = time.Millisecond // a request that the leader runs for longer is left to its goroutine
 

@@ -31,7 +31,8 @@ type Options struct {
 	// nil: a line in the log.
 	OnWait func(Wait)
 	// MemoryBudget is the bytes that the requests under way of all clients may
-	// hold, and again as much those that wait for data; 0 means 256 MiB.
+	// hold, and again as much those that wait for data, and half as much what a
+	// request costs that waits, also without data; 0 means 256 MiB.
 	MemoryBudget int64
 	// MaxConnections limits the connections, and as many again may be in their
 	// handshake, of which the oldest make room for others; 0 means 1024.
@@ -66,6 +67,7 @@ type Server struct {
 	log     *slog.Logger
 	budget  budget // of requests that run, and replies not sent yet
 	waiting budget // of requests that wait for data
+	waits   budget // what those cost beside their data, waitCost each
 
 	requests sync.Pool    // of *request
 	crowd    *crowd.Crowd // connections in the handshake
@@ -93,6 +95,7 @@ func NewServer(o Options) *Server {
 	}
 	s.budget.limit = max(cmp.Or(o.MemoryBudget, defaultMemoryBudget), maxPayload)
 	s.waiting.limit = s.budget.limit
+	s.waits.limit = s.budget.limit / 2
 	s.o.pipeStuck = cmp.Or(o.pipeStuck, defaultPipeStuck)
 	s.o.MaxConnections = cmp.Or(o.MaxConnections, defaultMaxConnections)
 	s.crowd = crowd.New(s.o.MaxConnections)

@@ -5,22 +5,52 @@ import (
 	"time"
 )
 
-// waiter is the context of a request. A backend that asks it for Done is about
-// to wait; from then on the request does not hold up others.
+// waiter is the context of a request. A backend that is about to wait says so by
+// Waiting; until the wait is over the request does not hold up others.
 type waiter struct {
 	r     *request
 	done  chan struct{} // nil until asked for; made anew after it was closed
-	timer *time.Timer   // for the stall rule; made with done
+	timer *time.Timer   // for the stall rule; made by the first wait
 
 	// Guarded by conn.mu:
-	waiting bool
-	ended   errno // why the wait was given up; ok while it was not
-	since   time.Time
-	bytes   int64 // counted in conn.waitingBytes
-	logged  int   // of stallLog
+	asked   bool          // Done was called: the request is in conn.asked
+	waiting bool          // the request is in conn.waiters
+	ended   errno         // why it was given up; ok while it was not
+	since   time.Time     // when the wait began, with those of the request before it put in front
+	waited  time.Duration // in the waits of the request that are over
+	bytes   int64         // counted in conn.waitingBytes
+	logged  int           // of stallLog
+	place   waitPlace
 }
 
 var _ context.Context = (*waiter)(nil)
+
+// waitPlace is what a request that waits is charged to.
+type waitPlace int
+
+const (
+	placeNone    waitPlace = iota
+	placeFree              // one of the few that each connection has
+	placeCharged           // waitCost of Server.waits
+	placeOver              // nothing: the connection reads no more until it is charged, or over
+)
+
+// waiterKey is the key by which Waiting finds the waiter of a context.
+type waiterKey struct{}
+
+// Waiting tells the server that the request of ctx waits for something slow, such
+// as a network, and not for the disk, until over is called. Meanwhile others are
+// served, the wait is counted and logged, Options.StallError bounds it, and the end
+// of the server ends it by ctx. Of any other context nobody is told. It must be
+// called by the request's goroutine.
+func Waiting(ctx context.Context) (over func()) {
+	w, is := ctx.Value(waiterKey{}).(*waiter)
+	if !is {
+		return func() {}
+	}
+	w.begin()
+	return w.over
+}
 
 // waitEnded is what the context's Err is.
 type waitEnded struct{ err errno }
@@ -40,8 +70,13 @@ func (e waitEnded) Is(target error) bool { return target == context.Canceled }
 // Deadline says that there is none.
 func (w *waiter) Deadline() (time.Time, bool) { return time.Time{}, false }
 
-// Value says that there are none.
-func (w *waiter) Value(any) any { return nil }
+// Value is the waiter itself for Waiting, and nothing else.
+func (w *waiter) Value(key any) any {
+	if key == (waiterKey{}) {
+		return w
+	}
+	return nil
+}
 
 // Err is why the request is not to be waited for any more, or nil.
 func (w *waiter) Err() error {
@@ -57,9 +92,29 @@ func (w *waiter) Err() error {
 	return nil
 }
 
-// Done marks the request as waiting. The channel is closed when the wait is to
-// be given up.
+// Done is closed when the client has gone, or when a wait is to be given up.
 func (w *waiter) Done() <-chan struct{} {
+	c := w.r.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if w.done == nil {
+		w.done = make(chan struct{})
+		if w.ended != ok {
+			close(w.done)
+		}
+	}
+	if !w.asked {
+		w.asked = true
+		c.asked = append(c.asked, w.r)
+	}
+	if c.dead.Load() {
+		w.cancelLocked(errNotServed)
+	}
+	return w.done
+}
+
+// begin marks the request as waiting.
+func (w *waiter) begin() {
 	r := w.r
 	c := r.c
 	if r.word != 0 && c.end(r.word) {
@@ -67,13 +122,10 @@ func (w *waiter) Done() <-chan struct{} {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if w.done == nil {
-		w.done = make(chan struct{})
-	}
 	if w.waiting {
-		return w.done
+		return
 	}
-	w.waiting, w.since, w.logged = true, time.Now(), 0
+	w.waiting, w.since = true, time.Now().Add(-w.waited)
 	c.waiters = append(c.waiters, r)
 	w.bytes = r.charged
 	c.waitingBytes += w.bytes
@@ -82,48 +134,91 @@ func (w *waiter) Done() <-chan struct{} {
 		c.s.budget.release(r.charged)
 	}
 	switch {
+	case c.freeWaits < freeWaits:
+		c.freeWaits++
+		w.place = placeFree
+	case c.s.waits.try(waitCost):
+		w.place = placeCharged
+	default:
+		c.overWaits++
+		w.place = placeOver
+	}
+	switch {
 	case c.dead.Load():
 		w.cancelLocked(errNotServed)
 	case c.stopping:
 		w.cancelLocked(errShutdown)
 	default:
 		w.armLocked()
-		c.room.Signal()
+		c.roomLocked()
 	}
-	return w.done
 }
 
-// cancelLocked ends the wait of a request that waits.
+// over is the end of a wait. The request may wait again.
+func (w *waiter) over() {
+	c := w.r.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w.overLocked()
+}
+
+func (w *waiter) overLocked() {
+	if !w.waiting {
+		return
+	}
+	c := w.r.c
+	c.waiters = without(c.waiters, w.r)
+	c.waitingBytes -= w.bytes
+	switch w.place {
+	case placeFree:
+		c.freeWaits--
+	case placeCharged:
+		c.s.waits.release(waitCost)
+	case placeOver:
+		c.overWaits--
+	}
+	w.place = placeNone
+	if w.timer != nil && !w.timer.Stop() {
+		w.timer, w.r.spent = nil, true
+	}
+	w.waiting, w.waited = false, time.Since(w.since)
+	c.roomLocked()
+}
+
+// cancelLocked gives up what the request waits for.
 func (w *waiter) cancelLocked(err errno) {
-	if w.ended == ok {
-		w.ended = err
+	if w.ended != ok {
+		return
+	}
+	w.ended = err
+	if w.done != nil {
 		close(w.done)
 	}
 }
 
 // endLocked is the end of the request, or of a part of it.
 func (w *waiter) endLocked() {
-	if !w.waiting {
-		return
-	}
-	c := w.r.c
-	for i, r := range c.waiters {
-		if r == w.r {
-			last := len(c.waiters) - 1
-			c.waiters[i], c.waiters[last] = c.waiters[last], nil
-			c.waiters = c.waiters[:last]
-			break
-		}
-	}
-	c.waitingBytes -= w.bytes
-	if w.timer != nil && !w.timer.Stop() {
-		w.timer, w.r.spent = nil, true
+	w.overLocked()
+	if w.asked {
+		w.asked = false
+		w.r.c.asked = without(w.r.c.asked, w.r)
 	}
 	if w.ended != ok {
 		w.done = nil // it is closed
 	}
-	w.waiting, w.ended = false, ok
-	c.room.Signal()
+	w.ended, w.waited, w.logged = ok, 0, 0
+}
+
+// without removes a request from some, in any order.
+func without(some []*request, r *request) []*request {
+	for i := range some {
+		if some[i] == r {
+			last := len(some) - 1
+			some[i], some[last] = some[last], nil
+			return some[:last]
+		}
+	}
+	return some
 }
 
 // armLocked sets the timer for the next thing to happen to a wait.

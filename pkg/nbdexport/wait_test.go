@@ -2,6 +2,7 @@ package nbdexport
 
 import (
 	"bytes"
+	"context"
 	"log/slog"
 	"strings"
 	"testing"
@@ -123,4 +124,67 @@ func TestCloseEndsWaits(t *testing.T) {
 		c.wantEnd()
 		require.Zero(t, s.Waits().Count)
 	})
+}
+
+// slowSync takes a second to sync, and each sync waits for the one before, as one
+// that may be given up: it asks its context for Done.
+type slowSync struct {
+	*disk
+	turn chan struct{}
+}
+
+func (d *slowSync) SyncContext(ctx context.Context) error {
+	select {
+	case d.turn <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	pass(time.Second)
+	<-d.turn
+	return nil
+}
+
+// The stall rule is for requests that wait for the source: flushes that wait for
+// the disk, and for each other, are answered, and are not counted as waiting
+// (fault G1, trap R5).
+func TestStallRuleLeavesFlushesAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewServer(Options{StallError: 300 * time.Millisecond})
+		require.NoError(t, s.AddExport(Export{Name: "disk", Backend: &slowSync{newDisk(mib), make(chan struct{}, 1)}}))
+		c := pipeClient(t, s).enter("disk", modeSimple)
+		for range 3 {
+			c.request(cmdFlush, 0, 0, 0)
+		}
+		synctest.Wait()
+		require.Zero(t, s.Waits().Count)
+		for range 3 {
+			require.Equal(t, ok, c.chunk(0).err)
+		}
+		require.NoError(t, s.Close())
+	})
+}
+
+// A wait that is over counts no more: a write with FUA that waited for the source
+// for a moment, and then for the disk, is no write that waits for the source.
+func TestWaitThatIsOverIsNotGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &slowSync{newDisk(2 * mib), make(chan struct{}, 1)}
+		d.missing = mib
+		s := NewServer(Options{StallError: 300 * time.Millisecond})
+		require.NoError(t, s.AddExport(Export{Name: "disk", Backend: &waitingWrites{d}}))
+		c := pipeClient(t, s).enter("disk", modeSimple)
+		time.AfterFunc(200*time.Millisecond, d.arrive)
+		require.Equal(t, ok, c.do(cmdWrite, cmdFlagFUA, mib, 4096, make([]byte, 4096)))
+		require.NoError(t, s.Close())
+	})
+}
+
+// waitingWrites is a backend whose writes wait as its reads do.
+type waitingWrites struct{ *slowSync }
+
+func (d *waitingWrites) WriteAtContext(ctx context.Context, p []byte, off int64) (int, error) {
+	if _, err := d.ReadAtContext(ctx, make([]byte, len(p)), off); err != nil {
+		return 0, err
+	}
+	return d.slowSync.WriteAtContext(ctx, p, off)
 }

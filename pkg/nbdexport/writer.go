@@ -122,7 +122,7 @@ func (c *conn) flush() {
 		clear(c.out.batch)
 		c.mu.Lock()
 		c.queued -= sent
-		c.room.Signal()
+		c.roomLocked()
 	}
 	c.writing = false
 	c.mu.Unlock()

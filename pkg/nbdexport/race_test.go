@@ -1,0 +1,5 @@
+//go:build race
+
+package nbdexport
+
+const raceEnabled = true
