@@ -131,8 +131,8 @@ func (s *stage) newDestination(p *parts) (<-chan *lazy.Device, error) {
 	var err error
 	p.dest, err = migrate.NewDestination(migrate.DestinationOptions{
 		Waiting: nbdexport.Waiting,
-		Disks: 1,
-		Log:   s.Log,
+		Disks:   1,
+		Log:     s.Log,
 		Open: func(a migrate.Announcement) (migrate.DestinationDisk, error) {
 			f, err := sources.OpenFile(filepath.Join(s.dir, destFile), sources.FileOptions{Create: true, Size: int64(a.Size)})
 			if err != nil {
