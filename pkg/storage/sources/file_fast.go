@@ -21,12 +21,30 @@ func (f *File) probeFastZero() bool {
 	if f.block != nil {
 		return zeroesByItself("/sys/dev/block", f.block.number)
 	}
+	return f.punchesFiles()
+}
+
+// punchesFiles reports whether the file system of the file takes space back. It
+// asks with a file that has no name: asked with the disk's, past its end, it would
+// change nothing but the disk's times, which prove that the disk was not written.
+func (f *File) punchesFiles() bool {
 	const page = 4096
-	behind := (f.room + page - 1) / page * page
-	err := control(f.raw, func(fd int) error { // there is nothing behind the end: nothing happens to anything
-		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, behind, page)
-	})
-	return err == nil
+	// The directory of the file that the path leads to.
+	path, err := filepath.EvalSymlinks(f.path)
+	if err != nil {
+		return false
+	}
+	fd, err := unix.Open(filepath.Dir(path), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd) // it is gone then
+	var ours, theirs unix.Stat_t
+	err = errors.Join(unix.Fstat(fd, &ours), control(f.raw, func(fd int) error { return unix.Fstat(fd, &theirs) }))
+	if err != nil || ours.Dev != theirs.Dev {
+		return false // the file alone is mounted there
+	}
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, page) == nil
 }
 
 // zeroesByItself says whether a block device zeroes a range on a command of

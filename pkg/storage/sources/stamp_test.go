@@ -240,3 +240,15 @@ func TestABlockDeviceHasNoAttributes(t *testing.T) {
 	_, err = f.Xattr("user.x")
 	require.ErrorIs(t, err, errors.ErrUnsupported)
 }
+
+// TestOpeningADiskIsNotAWrite: its times prove that it was not written (fault F5).
+func TestOpeningADiskIsNotAWrite(t *testing.T) {
+	f := create(t, filepath.Join(t.TempDir(), "disk"), 1<<20)
+	s := stampOf(t, f)
+	require.NoError(t, f.Close())
+	again, err := OpenFile(f.Path(), FileOptions{})
+	require.NoError(t, err)
+	defer again.Close()
+	require.True(t, again.CanZeroFast() || !f.CanZeroFast())
+	require.True(t, s.Unchanged(stampOf(t, again)))
+}
