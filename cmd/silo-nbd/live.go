@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -25,7 +23,6 @@ type liveFlags struct {
 	nbd         nbdFlag
 	handoff     string
 	maxDowntime time.Duration
-	reclaim     bool
 	after       string
 }
 
@@ -34,14 +31,13 @@ func (l *liveFlags) add(cmd *cobra.Command) {
 	flags.Var(&l.nbd, "nbd", "serve the disks to the local virtual machine here while they move: host:port, unix:///path, or systemd[:NAME]")
 	flags.StringVar(&l.handoff, "handoff", "manual", "with --nbd: when the destination takes over, `manual` (by silo-nbd handoff) or auto (by itself, when little is left)")
 	flags.DurationVar(&l.maxDowntime, "max-downtime", migrate.DefaultMaxDowntime, "with --handoff auto: little is what travels in this time")
-	flags.BoolVar(&l.reclaim, "force-reclaim", false, "with --nbd: serve disks again that were handed off. What was written at the destination is lost here, and the destination must not be used any more")
 	flags.StringVar(&l.after, "after", "keep", "with --nbd: what becomes of the disks here when all is complete, `keep` or remove")
 }
 
 func (l *liveFlags) check(w *wireFlags, control string) error {
 	if l.nbd.IsZero() {
-		if l.reclaim || l.handoff != "manual" || l.after != "keep" {
-			return usagef("--handoff, --force-reclaim and --after: they are for disks in use, which need --nbd")
+		if l.handoff != "manual" || l.after != "keep" {
+			return usagef("--handoff and --after: they are for disks in use, which need --nbd")
 		}
 		return nil
 	}
@@ -61,9 +57,8 @@ func (l *liveFlags) check(w *wireFlags, control string) error {
 // liveDisks are the disks of a source that are in use, and who owns them.
 type liveDisks struct {
 	files  []*sources.File
-	paths  []string // of the state files
 	moving []migrate.SourceDisk
-	ledger *identity.Live
+	ledger *identity.Ledger // nil: nothing is left to do
 }
 
 func (l *liveDisks) Close() error {
@@ -74,23 +69,7 @@ func (l *liveDisks) Close() error {
 		}
 		errs = append(errs, l.ledger.Close())
 	}
-	for _, f := range l.files {
-		errs = append(errs, f.Close())
-	}
-	return errors.Join(errs...)
-}
-
-// remove removes the disks, which are complete at the destination.
-func (l *liveDisks) remove() error {
-	var errs []error
-	for i, f := range l.files {
-		if f.IsBlockDevice() {
-			errs = append(errs, fmt.Errorf("--after remove: %s is a block device: it was left as it is", f.Path()))
-			continue
-		}
-		errs = append(errs, os.Remove(f.Path()), os.Remove(l.paths[i]))
-	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, closeAll(l.files))...)
 }
 
 func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, err error) {
@@ -105,46 +84,26 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 	}
 	warnOf(l.files, c)
 	warnOfFormat(l.files, c)
-	var named []identity.LiveDisk
-	for i, file := range l.files {
-		s := specs[i]
-		path := s.State
-		if path == "" {
-			if path, err = identity.Default(file.Path(), file.IsBlockDevice()); err != nil {
-				return l, err
-			}
-		}
-		l.paths = append(l.paths, path)
-		named = append(named, identity.LiveDisk{Disk: file, Name: s.Name, Path: path})
-	}
-	ledger, err := identity.OpenLive(named, f.live.reclaim)
-	if err != nil {
+	l.ledger, err = f.openLedger(specs, l.files, c)
+	if err != nil || l.ledger == nil {
 		return l, err
 	}
-	l.ledger = ledger
-	for _, name := range ledger.Crashed() {
+	for _, name := range l.ledger.Crashed() {
 		c.log.Warn("the last source of this disk did not end in order: what was copied before is not trusted, and the copy begins anew", "disk", name)
 	}
-	for _, name := range ledger.Ended() {
+	for _, name := range l.ledger.Ended() {
 		c.log.Info("this disk had a source before: what was copied from it then is not trusted, since changes are remembered only while a source runs; the copy begins anew", "disk", name)
 	}
-	switch {
-	case ledger.HandedOff():
-		c.log.Warn("the disks were handed off: nothing is served here; what is missing at the destination is sent when it connects")
-	case f.live.reclaim:
-		c.log.Warn("--force-reclaim: the disks are served here again, as they were when they were handed off: the destination must not use them any more")
-	}
 	for i, s := range specs {
-		owner, _ := ledger.Owner(s.Name)
-		id, err := ledger.Identity(i)
+		owner, gone := l.ledger.Owner(s.Name)
+		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: gone, Owner: owner.Device, Waiting: nbdexport.Waiting})
 		if err != nil {
 			return l, err
 		}
-		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: ledger.HandedOff(), Owner: owner.Device, Waiting: nbdexport.Waiting})
-		if err != nil {
-			return l, err
-		}
-		l.moving = append(l.moving, migrate.SourceDisk{Name: s.Name, Live: tracker, Identity: id})
+		l.moving = append(l.moving, migrate.SourceDisk{
+			Name: s.Name, Live: tracker, Identity: l.ledger.Identity(i),
+			Changed: func() error { return l.ledger.Changed(i) },
+		})
 	}
 	return l, nil
 }
@@ -160,6 +119,9 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
+	if l.ledger == nil {
+		return nil
+	}
 	source, err := migrate.NewSource(l.moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
 		First:       firstblocks.Find,
@@ -196,7 +158,7 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 		err = errors.Join(err, down)
 	}
 	if err == nil && f.live.after == "remove" && source.HandedOff() && missing(source.Status()) == "" {
-		err = l.remove()
+		err = l.ledger.RemoveDisks()
 	}
 	return err
 }

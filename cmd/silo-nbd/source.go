@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -11,11 +10,9 @@ import (
 	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/firstblocks"
-	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/internal/metrics"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
-	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
 // sourceFlags is the command line of source.
@@ -27,6 +24,8 @@ type sourceFlags struct {
 	blockSize units.Size
 	rate      units.Size
 	live      liveFlags
+	moved     bool
+	reclaim   bool
 	operate   operateFlags
 	format    logFormat
 }
@@ -65,6 +64,8 @@ by then follows. From then on they are never served here again, also after a res
 	cmd.Flags().StringArrayVar(&f.disks, "disk", nil, "a disk to send, as `[NAME=]PATH`; may be given again")
 	cmd.Flags().StringArrayVar(&f.states, "state", nil, "what is known of a disk is kept here, as `[NAME=]PATH`; may be given again (default: beside the disk; needed for a block device in /dev)")
 	cmd.Flags().BoolVar(&f.shared, "shared", false, "send a disk although others have it mounted or open: for one that is surely not written")
+	cmd.Flags().BoolVar(&f.moved, "disk-moved", false, "the disk was moved here from where it was when its state file was written, and is no copy: the destination compares what it has")
+	cmd.Flags().BoolVar(&f.reclaim, "force-reclaim", false, "take disks back that were handed off. What was written at the destination is lost here, and the destination must not be used any more")
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
 	f.live.add(cmd)
@@ -114,20 +115,23 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	if err != nil {
 		return err
 	}
-	var moving []migrate.SourceDisk
-	past := past{log: c.log, at: f.wire.connect.String()}
-	for i, file := range files {
-		defer func() { err = errors.Join(err, file.Close()) }()
-		id, where, err := identify(specs[i], file, c)
-		if err != nil {
-			return err
-		}
-		past.add(where)
-		moving = append(moving, migrate.SourceDisk{Name: specs[i].Name, Store: file, Identity: id})
+	defer func() { err = errors.Join(err, closeAll(files)) }()
+	ledger, err := f.openLedger(specs, files, c)
+	if err != nil || ledger == nil {
+		return err
 	}
+	defer func() { err = errors.Join(err, ledger.Close()) }()
+	var moving []migrate.SourceDisk
+	for i, file := range files {
+		moving = append(moving, migrate.SourceDisk{
+			Name: specs[i].Name, Store: file, Identity: ledger.Identity(i),
+			Changed: func() error { return ledger.Changed(i) },
+		})
+	}
+	past := past{log: c.log, at: f.wire.connect.String(), ledger: ledger}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
-		First: firstblocks.Find, Known: past.known(), Met: past.met,
+		First: firstblocks.Find, Known: past.known(), Met: past.met, Ledger: ledger,
 	})
 	if err != nil {
 		return err
@@ -163,30 +167,4 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return interruptedf("%s, run the same command again to go on", lack)
 	}
 	return nil
-}
-
-// identify says which disk it is, and where that is kept. Beside a file whose
-// directory cannot be written that is not known, which costs no more than a
-// resume; where it was said where to keep it, it has to be.
-func identify(spec disks.Spec, file *sources.File, c *console) (id migrate.Identity, where string, err error) {
-	if spec.State != "" {
-		if id, err = identity.Of(file, spec.State); err != nil {
-			return id, "", fmt.Errorf("--state: %w", err)
-		}
-		return id, spec.State, nil
-	}
-	where, err = identity.Default(file.Path(), file.IsBlockDevice())
-	if err != nil {
-		return id, "", err
-	}
-	id, err = identity.Of(file, where)
-	if errors.Is(err, identity.ErrHandedOff) {
-		return id, "", err
-	}
-	if err != nil {
-		c.log.Warn("a destination that is restarted will not take this disk for the same: say where to keep what it needs, with --state",
-			"disk", file.Path(), "error", err)
-		return id, "", nil
-	}
-	return id, where, nil
 }

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"errors"
+
+	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/identity"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
+)
+
+// openLedger finds out which disks they are and to which destination they
+// belong, and says what of it the user should know. It returns nil if nothing is
+// left to do: the destination has everything.
+func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *console) (*identity.Ledger, error) {
+	var named []identity.Spec
+	for i, file := range files {
+		named = append(named, identity.Spec{Disk: file, Name: specs[i].Name, State: specs[i].State})
+	}
+	live := !f.live.nbd.IsZero()
+	ledger, err := identity.Open(named, identity.Options{
+		Live: live, Reclaim: f.reclaim, Moved: f.moved, At: f.wire.connect.String(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if ledger.Finished() {
+		for i, file := range files {
+			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off",
+				"disk", file.Path(), "owner", ledger.Note(i).Text())
+		}
+		return nil, ledger.Close()
+	}
+	for i, file := range files {
+		if err := ledger.Lacks(i); err != nil {
+			c.log.Warn("this disk's identity is kept only as long as this process runs: a source that is started again is taken for another one, and the destination compares what it has; say where to keep it, with --state",
+				"disk", file.Path(), "error", err)
+		}
+	}
+	switch {
+	case f.reclaim && live:
+		c.log.Warn("--force-reclaim: the disks are served here again, as they were when they were handed off: the destination must not use them any more")
+	case f.reclaim:
+		c.log.Warn("--force-reclaim: the disks are this host's again, as they were when they were handed off: the destination must not use them any more")
+	case ledger.HandedOff() && live:
+		c.log.Warn("the disks were handed off: nothing is served here; what is missing at the destination is sent when it connects")
+	}
+	return ledger, nil
+}
+
+func closeAll(files []*sources.File) error {
+	var errs []error
+	for _, file := range files {
+		errs = append(errs, file.Close())
+	}
+	return errors.Join(errs...)
+}

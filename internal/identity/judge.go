@@ -1,0 +1,176 @@
+package identity
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// judge finds out whether the disks were handed off: all of them, or none. What
+// is noted counts against the disks that the note names, and not against those
+// that were given.
+func (l *Ledger) judge(o Options) (gone bool, err error) {
+	for _, e := range l.disks {
+		if e.kin == kinForeign && !o.Moved {
+			return false, e.foreign()
+		}
+	}
+	if o.Reclaim {
+		return false, nil
+	}
+	var away []*entry
+	for _, e := range l.disks {
+		is, err := l.away(e)
+		if err != nil {
+			return false, err
+		}
+		if is {
+			away = append(away, e)
+		}
+	}
+	if len(away) == 0 {
+		return false, nil
+	}
+	if err := l.together(away); err != nil {
+		return false, err
+	}
+	return true, l.mayGoOn(o)
+}
+
+// foreign says that a state file is another disk's.
+func (e *entry) foreign() error {
+	was := ""
+	if e.state.Path != "" {
+		was = fmt.Sprintf(" %s", e.state.Path)
+	}
+	return fmt.Errorf("%s is the state file of another disk%s (%d bytes, inode %d), not of %s (%d bytes, inode %d): nothing was changed: "+
+		"give the right one with --state, or, if the disk was moved here, --disk-moved",
+		e.where, was, e.state.Disk.Size, e.state.Disk.Inode, e.disk.Path(), e.now.Size, e.now.Inode)
+}
+
+// away reports whether a disk was handed off, and its handoff was published. An
+// error says that it may have been, or that it cannot be told from the disks
+// that were given.
+func (l *Ledger) away(e *entry) (bool, error) {
+	h, _, undecided := e.standing()
+	switch {
+	case h == nil:
+		return false, nil
+	case e.state == nil || e.state.Handoff == nil:
+		// Only the disk itself says so: its state file is elsewhere, or older.
+		if h.Complete && !undecided {
+			return true, nil
+		}
+		n := e.note()
+		if e.state != nil {
+			return false, fmt.Errorf("%w; its state file %s does not know of it: bring the right one back, or take the disk back with --force-reclaim, which gives up what was written there", n.Err(), e.where)
+		}
+		where := n.State
+		if where == "" {
+			where = "where it lies now"
+		}
+		return false, fmt.Errorf("%w; there is no state file at %s: name it with --state, as in --state %s, or take the disk back with --force-reclaim, which gives up what was written there", n.Err(), e.where, where)
+	}
+	return l.published(e, h)
+}
+
+// published reports whether all disks of a handoff say so. After a power cut in
+// the middle of one some may not: then it was never published, and a disk that
+// does not say so must prove it by knowing of the handoff.
+func (l *Ledger) published(e *entry, h *handoff) (bool, error) {
+	var missing []string
+	half := false
+	for _, m := range h.Disks {
+		other := l.member(m.UUID)
+		switch {
+		case other == nil:
+			missing = append(missing, m.label())
+			continue
+		case other.state.Handoff != nil && other.state.Handoff.ID == h.ID:
+			continue
+		}
+		switch how := other.state.knows(h.ID); how {
+		case endAborted:
+			half = true
+		case "":
+			return false, fmt.Errorf("%s %w, together with %s, whose state file %s does not know of it: was that restored from a backup? "+
+				"Bring the right one back, or take both disks back with --force-reclaim, which gives up what was written there",
+				e.disk.Path(), ErrHandedOff, other.disk.Path(), other.where)
+		default:
+			return false, fmt.Errorf("%s %w, together with %s, which is this host's again (%s): take this one back as well, with --force-reclaim, or leave it out",
+				e.disk.Path(), ErrHandedOff, other.disk.Path(), how)
+		}
+	}
+	if len(missing) > 0 {
+		return false, fmt.Errorf("%s %w, together with %s: give all of them", e.disk.Path(), ErrHandedOff, strings.Join(missing, ", "))
+	}
+	return !half, nil
+}
+
+// member is the given disk with a UUID; nil if it was not given.
+func (l *Ledger) member(uuid string) *entry {
+	i := slices.IndexFunc(l.disks, func(e *entry) bool { return e.state != nil && e.state.UUID == uuid })
+	if i < 0 {
+		return nil
+	}
+	return l.disks[i]
+}
+
+// together says why disks that were handed off cannot be given with the others.
+func (l *Ledger) together(away []*entry) error {
+	var groups []string
+	group := make(map[string][]string)
+	for _, e := range away {
+		h, _, _ := e.standing()
+		if group[h.ID] == nil {
+			groups = append(groups, h.ID)
+		}
+		group[h.ID] = append(group[h.ID], e.disk.Path())
+	}
+	if len(groups) == 1 && len(away) == len(l.disks) {
+		return nil
+	}
+	var parts []string
+	for _, id := range groups {
+		parts = append(parts, strings.Join(group[id], " and "))
+	}
+	var rest []string
+	for _, e := range l.disks {
+		if !slices.Contains(away, e) {
+			rest = append(rest, e.disk.Path())
+		}
+	}
+	if len(rest) > 0 {
+		parts = append(parts, strings.Join(rest, " and ")+", which is this host's")
+	}
+	return fmt.Errorf("%s %w: start a source for each of these: %s", away[0].disk.Path(), ErrHandedOff, strings.Join(parts, "; "))
+}
+
+// mayGoOn says why disks that were handed off cannot be sent on by this command.
+func (l *Ledger) mayGoOn(o Options) error {
+	l.finished = true
+	for _, e := range l.disks {
+		h, _, _ := e.standing()
+		l.finished = l.finished && h.Complete
+	}
+	if l.finished {
+		return nil
+	}
+	for _, e := range l.disks {
+		h, _, _ := e.standing()
+		if e.state == nil || e.state.Handoff == nil {
+			return e.note().Err()
+		}
+		const back = "take the disk back with --force-reclaim, which gives up what was written there"
+		switch {
+		case o.Live && h.Frozen:
+			return fmt.Errorf("%s %w: its move is under way, to device %s: let the source go on without --nbd, or %s", e.disk.Path(), ErrHandedOff, h.Owner, back)
+		case !o.Live && !h.Frozen:
+			return fmt.Errorf("%s %w: let the source go on with --nbd as before, or %s", e.disk.Path(), ErrHandedOff, back)
+		}
+	}
+	return nil
+}
+
+func dirOf(path string) string { return filepath.Dir(path) }

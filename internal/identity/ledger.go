@@ -1,0 +1,543 @@
+package identity
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+
+	"github.com/silo-nbd/silo-nbd/internal/durable"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
+	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
+)
+
+// Spec is a disk of a source.
+type Spec struct {
+	Disk  Disk
+	Name  string // what its source calls it
+	State string // the path of its state file; empty: the default
+}
+
+// Options of Open.
+type Options struct {
+	// Live: the disks are served here while they move. Otherwise they are frozen.
+	Live bool
+	// Reclaim takes disks back that were handed off.
+	Reclaim bool
+	// Moved: a disk that is found elsewhere, or under another inode, is the one of
+	// its state file, and not another one or a copy.
+	Moved bool
+	// Keep reports whether what has changed since a live disk's last run began is
+	// still known, so that its generation may stay. It is called before the
+	// disk is served, and only where it can be so. nil: it is not known.
+	Keep func(disk string, last Run) bool
+	// At is the destination's address; empty if it connects to the source.
+	At string
+	// Files is where the state files lie; nil: durable.OS.
+	Files durable.FS
+}
+
+// Run is the last run of a source that served a disk.
+type Run struct {
+	Identity migrate.Identity // which the disk had in it
+	// Ended: it ended in order, and the disk is as it was then. Otherwise it was
+	// killed, and the host has been running since: whether another program has
+	// written the disk meanwhile only Disk can tell.
+	Ended bool
+	Disk  sources.Stamp // as the disk is now
+}
+
+// Ledger keeps which disks a source has and to which destination they belong. It
+// is their migrate.Ledger. The state files are locked until Close.
+type Ledger struct {
+	files durable.FS
+	live  bool
+	at    string
+
+	mu sync.Mutex
+	// Guarded by mu:
+	disks     []*entry
+	handedOff bool
+	finished  bool
+	staged    *staging // by Prepare
+}
+
+// entry is what a Ledger knows of a disk.
+type entry struct {
+	found
+	name  string
+	given bool         // the user said where the state file is to lie
+	lock  durable.File // the state file; nil: there is none
+	lacks error        // why no state file can be kept; nil: one is
+	watch sources.Stamp
+	// begin is what the disk was before a live source opened it; nil: not proved.
+	begin   *beginning
+	crashed bool
+	had     bool // there was a source before
+}
+
+// beginning is a disk that no one had changed when a live source opened it.
+type beginning struct {
+	generation number
+	disk       sources.Stamp
+}
+
+// Open reads and locks the state files of the disks, or makes them, and finds
+// out which disks they are and to whom they belong. When it returns, disks of this
+// host may be served: that they are in use is durable. Disks that were handed off
+// are left so, unless o.Reclaim. The caller must Close the Ledger before it closes
+// the disks, and when none of them is written any more.
+func Open(disks []Spec, o Options) (_ *Ledger, err error) {
+	l := &Ledger{files: o.Files, live: o.Live, at: o.At}
+	if l.files == nil {
+		l.files = durable.OS
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.unlock())
+		}
+	}()
+	for _, d := range disks {
+		e, err := l.open(d)
+		l.disks = append(l.disks, e)
+		if err != nil {
+			return nil, err
+		}
+	}
+	gone, err := l.judge(o)
+	if err != nil {
+		return nil, err
+	}
+	if gone {
+		l.handedOff = true
+		return l, l.stay()
+	}
+	return l, l.begin(o)
+}
+
+// open reads what is kept about a disk and locks its state file.
+func (l *Ledger) open(d Spec) (*entry, error) {
+	at, err := locate(d.Disk, d.State)
+	if err != nil {
+		return &entry{name: d.Name}, err
+	}
+	e := &entry{found: *at, name: d.Name, given: d.State != ""}
+	if e.where == "" {
+		_, err := Default(d.Disk.Path(), d.Disk.IsBlockDevice())
+		return e, err
+	}
+	if d.State == "" {
+		if err := l.adopt(e); err != nil {
+			return e, err
+		}
+	}
+	file, err := l.files.Open(e.where)
+	var content []byte
+	switch {
+	case err == nil:
+		e.lock, content = file, file.Content()
+		_ = durable.Clean(l.files, e.where) // best effort: what is left takes space only
+	case errors.Is(err, durable.ErrInUse):
+		return e, fmt.Errorf("the state file of %s is in use: a source has this disk already, or another disk with the same --state: %w", d.Disk.Path(), err)
+	}
+	if err := e.read(content, err); err != nil {
+		return e, err
+	}
+	return e, e.readMarks(l.files)
+}
+
+// adopt takes the state file that an earlier version has put beside a link to
+// where it belongs.
+func (l *Ledger) adopt(e *entry) error {
+	old, err := e.legacy(l.files.Read)
+	if err != nil || old == "" {
+		return err
+	}
+	if err = l.files.Claim(old, e.where); err == nil {
+		err = l.files.SyncDir(dirOf(e.where))
+	}
+	if err != nil {
+		return fmt.Errorf("the state file of %s belongs beside the disk that the link leads to: %w", e.path, err)
+	}
+	return nil
+}
+
+// order is the order in which state files are written: those first that say that
+// their disk was handed off. Otherwise a power cut could leave such a one without
+// what proves that its handoff was never published.
+func (l *Ledger) order() []*entry {
+	var first, then []*entry
+	for _, e := range l.disks {
+		if e.published() {
+			first = append(first, e)
+		} else {
+			then = append(then, e)
+		}
+	}
+	return append(first, then...)
+}
+
+// published reports whether the state file says that the disk was handed off.
+func (e *entry) published() bool {
+	if e.lock == nil {
+		return false
+	}
+	s, err := decode(e.where, e.lock.Content())
+	return err == nil && s.Handoff != nil
+}
+
+// save makes the state of a disk durable.
+func (l *Ledger) save(e *entry) error {
+	if e.lacks != nil {
+		return nil
+	}
+	e.state.Path, e.state.State = e.path, e.where
+	b, err := e.state.encode()
+	if err != nil || e.lock != nil && string(e.lock.Content()) == string(b) {
+		return err
+	}
+	file, err := durable.Replace(l.files, e.where, b, e.lock == nil)
+	if file != nil {
+		err = errors.Join(err, e.swap(file))
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w: a source has made the state file of this disk just now", durable.ErrInUse)
+	}
+	return err
+}
+
+// swap holds another file's lock in place of the present one.
+func (e *entry) swap(file durable.File) (err error) {
+	if e.lock != nil {
+		err = e.lock.Close()
+	}
+	e.lock = file
+	return err
+}
+
+// stay is Open for disks that were handed off.
+func (l *Ledger) stay() error {
+	for _, e := range l.disks {
+		e.watch = e.now
+		if e.state == nil || l.finished || e.unchanged() || e.unchangedSinceHandOff() {
+			continue
+		}
+		e.state.Generation, e.state.Disk = draw(), e.now
+		if err := l.save(e); err != nil {
+			return fmt.Errorf("note that %s may have changed: %w", e.disk.Path(), err)
+		}
+	}
+	return nil
+}
+
+// unchanged reports whether it is proved that the disk has the contents of its
+// generation.
+func (e *entry) unchanged() bool {
+	return e.kin == kinSame && e.state.Generation != 0 && e.state.Disk.Unchanged(e.now)
+}
+
+// unchangedSinceHandOff is unchanged for a live disk whose process was killed
+// right after the handoff: the state file has got its name after the last write.
+func (e *entry) unchangedSinceHandOff() bool {
+	return e.kin == kinSame && e.state.Live && !e.now.Block && e.state.Disk.ChangeTime == 0 &&
+		e.now.ChangeTime != 0 && e.now.ChangeTime <= e.lock.Changed()
+}
+
+// begin is Open for disks of this host.
+func (l *Ledger) begin(o Options) error {
+	seen := make(map[string]bool)
+	boot := bootID()
+	for _, e := range l.disks {
+		e.prepareState(o)
+		if seen[e.state.UUID] {
+			e.state.UUID = newUUID()
+			e.state.change(e.now)
+		}
+		seen[e.state.UUID] = true
+		if o.Live {
+			e.openLive(o, boot)
+		} else if e.state.Live || !e.unchanged() {
+			// What was copied of a live disk has changed since.
+			e.state.Live, e.state.Open, e.state.BootID = false, false, ""
+			e.state.change(e.now)
+		}
+		e.watch = e.now
+	}
+	for _, e := range l.order() {
+		if err := l.first(e, o); err != nil {
+			return err
+		}
+	}
+	for _, e := range l.disks {
+		if len(e.marks) > 0 { // they have ended, and the state file knows it
+			if err := l.unmark(e); err != nil {
+				return fmt.Errorf("%s: remove the note that it was handed off: %w", e.disk.Path(), err)
+			}
+		}
+	}
+	return nil
+}
+
+// prepareState makes the state of a disk that is this host's, but for the
+// generation.
+func (e *entry) prepareState(o Options) {
+	switch {
+	case e.state == nil:
+		e.state = &state{UUID: firstUUID(e.path, e.now)}
+	case e.kin == kinCopy && !o.Moved:
+		// The original may be in use: the two must not be taken for one another.
+		e.state.UUID = newUUID()
+		e.state.Generation = 0
+		e.had = true
+	default:
+		e.had = true
+	}
+	if e.state.Handoff != nil {
+		how := endAborted
+		if o.Reclaim {
+			how = endReclaimed
+		}
+		e.state.end(e.state.Handoff.ID, how)
+		e.state.Generation = 0
+	}
+	for _, m := range e.marks {
+		if e.state.knows(m.ID) == "" {
+			e.state.end(m.ID, endReclaimed)
+			e.state.Generation = 0
+		}
+	}
+}
+
+// openLive marks a disk as in use, under a new generation if it is not known
+// what has changed since the last one began.
+func (e *entry) openLive(o Options, boot string) {
+	s := e.state
+	e.crashed = s.Open
+	if e.unchanged() && !s.Live {
+		e.begin = &beginning{s.Generation, e.now}
+	}
+	last := Run{Identity: s.identity(), Ended: !s.Open && e.unchanged(), Disk: e.now}
+	killed := s.Open && e.kin == kinSame && s.Generation != 0 && boot != "" && s.BootID == boot
+	if !s.Live || !last.Ended && !killed || o.Keep == nil || !o.Keep(e.name, last) {
+		s.change(e.now)
+	} else {
+		e.crashed, e.had = false, false
+	}
+	s.Live, s.Open, s.BootID = true, true, boot
+}
+
+// first writes the state file of a disk for the first time. A frozen disk can be
+// sent without one: then no other process has its identity.
+func (l *Ledger) first(e *entry, o Options) error {
+	err := l.save(e)
+	switch {
+	case err == nil:
+		return nil
+	case o.Live:
+		return fmt.Errorf("keep that %s is in use here: %w: say with --state where its state file is to lie", e.disk.Path(), err)
+	case e.given:
+		return fmt.Errorf("--state: keep the disk's identity: %w", err)
+	case o.Reclaim, len(e.marks) > 0, e.published(), errors.Is(err, durable.ErrInUse):
+		return fmt.Errorf("keep the identity of %s: %w", e.disk.Path(), err)
+	}
+	e.lacks = err
+	return nil
+}
+
+// bootID names the present boot of the host; empty: it is not known.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// Lacks returns why the i-th disk has no state file; nil if it has one.
+func (l *Ledger) Lacks(i int) error { return l.disks[i].lacks }
+
+// HandedOff reports whether the disks belong to a destination.
+func (l *Ledger) HandedOff() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.handedOff
+}
+
+// Finished reports whether the destination has everything: nothing is left to do.
+func (l *Ledger) Finished() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.finished
+}
+
+// Crashed are the names of disks whose last source did not end in order, so that
+// what was copied before is not trusted.
+func (l *Ledger) Crashed() []string {
+	return l.names(func(e *entry) bool { return e.crashed })
+}
+
+// Ended are the names of disks that had a source before, which ended in order:
+// what was copied then is not trusted either, since it is not known what has
+// changed.
+func (l *Ledger) Ended() []string {
+	return l.names(func(e *entry) bool { return e.had && !e.crashed })
+}
+
+func (l *Ledger) names(which func(e *entry) bool) (names []string) {
+	for _, e := range l.disks {
+		if which(e) {
+			names = append(names, e.name)
+		}
+	}
+	return names
+}
+
+// Identity is that of the i-th disk.
+func (l *Ledger) Identity(i int) migrate.Identity {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.disks[i].state == nil {
+		return migrate.Identity{} // only of one that is finished
+	}
+	return l.disks[i].state.identity()
+}
+
+// Note is what is noted about the i-th disk; nil: it is this host's.
+func (l *Ledger) Note(i int) *Note {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.disks[i].note()
+}
+
+// Where is the path of the i-th disk's state file; empty if there is none.
+func (l *Ledger) Where(i int) string {
+	if l.disks[i].lacks != nil {
+		return ""
+	}
+	return l.disks[i].where
+}
+
+// Changed returns what was done to the i-th disk, which must not be written here,
+// since it was opened, apart from what the Ledger has done to it.
+func (l *Ledger) Changed(i int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.disks[i]
+	if l.live && !l.handedOff || e.watch == (sources.Stamp{}) {
+		return nil
+	}
+	now, err := e.disk.Stamp()
+	if err != nil {
+		return err
+	}
+	if e.watch.Unchanged(now) || sameWithoutCount(e.watch, now) {
+		return nil
+	}
+	return fmt.Errorf("%s was written while it was sent: %s: the copy is of no use: see what has written it, then begin anew", e.disk.Path(), difference(e.watch, now))
+}
+
+// sameWithoutCount reports whether two stamps of a device of which the kernel does
+// not count the writes, or of a file without times, differ in nothing that is known.
+func sameWithoutCount(a, b sources.Stamp) bool {
+	return a == b && !a.Unchanged(b)
+}
+
+// difference says in words in what two stamps differ.
+func difference(was, now sources.Stamp) string {
+	switch {
+	case was.Size != now.Size:
+		return fmt.Sprintf("it had %d bytes and has %d now", was.Size, now.Size)
+	case was.ModTime != now.ModTime:
+		return "its modification time is another"
+	case was.ChangeTime != now.ChangeTime:
+		return "its change time is another"
+	case was.Written != now.Written:
+		return fmt.Sprintf("the kernel had counted %d sectors written and now %d", was.Written, now.Written)
+	}
+	return "another disk is in its place"
+}
+
+// Met returns the address of the destination that had a part of all the disks when
+// their last source ended; empty if none had.
+func (l *Ledger) Met() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at := ""
+	for i, e := range l.disks {
+		if e.state == nil || e.lacks != nil || i > 0 && e.state.Met != at {
+			return ""
+		}
+		at = e.state.Met
+	}
+	return at
+}
+
+// SetMet keeps what Met returns.
+func (l *Ledger) SetMet(address string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var errs []error
+	for _, e := range l.disks {
+		e.state.Met = address
+		errs = append(errs, l.save(e))
+	}
+	return errors.Join(errs...)
+}
+
+// Close notes that the disks are not written any more, which is on stable storage
+// by then, and unlocks the state files.
+func (l *Ledger) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	errs := []error{l.dropStaged()}
+	for _, e := range l.disks {
+		switch {
+		case l.handedOff:
+		case l.live:
+			errs = append(errs, l.closeLive(e))
+		case e.state.Disk != e.watch: // by our marks
+			e.state.Disk = e.watch
+			errs = append(errs, l.save(e))
+		}
+	}
+	return errors.Join(append(errs, l.unlock())...)
+}
+
+func (l *Ledger) closeLive(e *entry) error {
+	now, err := e.disk.Stamp()
+	if err != nil {
+		return err
+	}
+	e.state.Open, e.state.Disk = false, now
+	if b := e.begin; b != nil && b.disk.Unchanged(now) {
+		// Nothing was written: it is what it was before.
+		e.state.Live, e.state.BootID, e.state.Generation = false, "", b.generation
+	}
+	return l.save(e)
+}
+
+func (l *Ledger) unlock() error {
+	var errs []error
+	for _, e := range l.disks {
+		if e.lock != nil {
+			errs = append(errs, e.lock.Close())
+			e.lock = nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// entry finds a disk by its name.
+func (l *Ledger) entry(disk string) *entry {
+	for _, e := range l.disks {
+		if e.name == disk {
+			return e
+		}
+	}
+	return nil
+}
+
+func deviceDigits(d migrate.Device) string { return hex.EncodeToString(d[:]) }
