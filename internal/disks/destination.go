@@ -181,12 +181,7 @@ func (d *Destination) open(spec Spec, size int64) (*Disk, error) {
 
 // create makes a disk that does not exist, or fills an empty file.
 func (d *Destination) create(path string, size int64) (*sources.File, error) {
-	if info, err := os.Stat(path); err == nil && d.overwrite && info.Mode().IsRegular() && info.Size() == 0 {
-		if err := os.Truncate(path, size); err != nil {
-			return nil, err
-		}
-	}
-	f, err := sources.OpenFile(path, sources.FileOptions{Create: true, Size: size, Partial: true})
+	f, err := sources.OpenFile(path, sources.FileOptions{Create: true, Fill: d.overwrite, Size: size, Partial: true})
 	if err != nil {
 		return nil, err
 	}

@@ -23,6 +23,8 @@ type FileOptions struct {
 	Shared bool
 	// Create makes the file, sparse, if it does not exist.
 	Create bool
+	// Fill makes an empty file Size bytes large, sparse.
+	Fill bool
 	// Size is how many bytes are wanted: a new file gets them, an existing one
 	// must have them, and if it has more, only the first Size bytes are the
 	// storage. 0 takes what there is, and nothing can be created.

@@ -75,6 +75,9 @@ func openFile(path string, o FileOptions) (*File, error) {
 		return nil, err
 	}
 	f, err := newFile(path, file, o, isBlockDevice(info))
+	if err == nil && o.Fill && info.Mode().IsRegular() {
+		err = f.fill(o.Size)
+	}
 	if err == nil {
 		err = f.measure(o)
 	}
@@ -167,6 +170,18 @@ func (f *File) measure(o FileOptions) error {
 	}
 	f.fastZero = f.probeFastZero()
 	return nil
+}
+
+// fill makes the file, which is locked, size bytes large if it is empty.
+func (f *File) fill(size int64) error {
+	info, err := f.file.Stat()
+	if err != nil || info.Size() > 0 {
+		return err
+	}
+	if err := f.file.Truncate(size); err != nil {
+		return err
+	}
+	return f.file.Sync()
 }
 
 // createFile makes a sparse file of o.Size bytes. What it could not finish it

@@ -165,6 +165,32 @@ func TestTheLoserOfARaceLeavesTheWinnersDisk(t *testing.T) {
 	require.Equal(t, rounds, won, "one of the two gets it")
 }
 
+// TestAnEmptyFileIsFilledByWhoHasLockedIt, and one that has content, or that another
+// program has, never (fault F11).
+func TestAnEmptyFileIsFilledByWhoHasLockedIt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	fill := FileOptions{Create: true, Fill: true, Size: 4096}
+	require.NoError(t, os.WriteFile(path, nil, 0o600))
+	unlock := foreign(t, path, unix.F_RDLCK, 101, 1)
+	_, err := OpenFile(path, fill)
+	require.ErrorIs(t, err, syscall.EBUSY)
+	info, err := os.Stat(path)
+	require.NoError(t, err)
+	require.Zero(t, info.Size())
+	unlock()
+	f, err := OpenFile(path, fill)
+	require.NoError(t, err)
+	require.EqualValues(t, 4096, f.Room())
+	require.False(t, f.Created())
+	require.NoError(t, f.Close())
+	require.NoError(t, os.WriteFile(path, []byte("content"), 0o600))
+	_, err = OpenFile(path, fill)
+	require.ErrorContains(t, err, "too small")
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.Equal(t, "content", string(content))
+}
+
 // TestWhatIsNotOursIsNotRemoved (fault F11).
 func TestWhatIsNotOursIsNotRemoved(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
