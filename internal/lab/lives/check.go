@@ -167,7 +167,7 @@ func (r *run) accepts(p *process, e *export) bool {
 		e.probe = done
 	}
 	bound := grace
-	if was && p.pending == nil {
+	if was && p.pending == nil && !p.doomed {
 		bound = answerBound // it is live, and a write waits for nothing
 	}
 	timer := time.NewTimer(bound)
@@ -266,6 +266,10 @@ func (r *run) claims(p *process) error {
 	}
 	p.seen = true
 	p.close()
+	if p.doomed && p.code() < 0 && !p.killed {
+		p.killed = true
+		r.crashed(p, false)
+	}
 	if !p.killed && !p.told && p.code() != 0 {
 		for _, e := range p.disks {
 			if f := e.file; e.answered && f != nil && f.line != nil && f.line.owner == f {

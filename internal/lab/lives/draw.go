@@ -172,6 +172,7 @@ func (d *drawer) draw(r *run) string {
 	add(9, port != "", some("dest "+d.label()+" "+h.name+" "+d.taking(r, port)+" "+port, "overwrite"))
 	add(2, port != "" && f != "", some("dest "+d.label()+" "+h.name+" "+f+" "+port, "overwrite"))
 	add(7, len(running) > 0, "kill "+one(d, running))
+	add(4, len(running) > 0, fmt.Sprintf("doom %s %d", one(d, running), d.rnd.IntN(d.rnd.IntN(80)+1)))
 	add(5, len(running) > 0, "term "+one(d, running))
 	add(1, len(running) > 0, "power "+h.name)
 	add(10, len(lives) > 0, "handoff "+one(d, lives))

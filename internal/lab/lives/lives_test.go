@@ -27,6 +27,7 @@ var (
 	going   = flag.Bool("lives.all", false, "go on after a violation, and count them")
 	given   = flag.String("lives.bin", "", "the program that is tried (default: it is built)")
 	keeps   = flag.Bool("lives.keeps", false, "a dest that is killed has lost nothing that was acknowledged")
+	races   = flag.Bool("lives.race", false, "build the program with the race detector")
 	only    = flag.String("lives.story", "", "play only this story, and show what was said")
 )
 
@@ -43,6 +44,9 @@ var work = sync.OnceValue(func() string {
 })
 
 func build(to string, args ...string) (string, error) {
+	if *races {
+		args = append(args, "-race")
+	}
 	args = append([]string{"build", "-buildvcs=false", "-o", to}, append(args, "../../../cmd/silo-nbd")...)
 	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)

@@ -46,6 +46,7 @@ type process struct {
 	control string
 	ended   chan struct{} // closed after the process has been waited for
 	killed  bool          // by us
+	doomed  bool          // it is killed at any moment
 	told    bool          // to end, by us
 	seen    bool          // its end has been looked at
 	// claimed tells that it has said that all is complete, and was right.

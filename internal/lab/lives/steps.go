@@ -35,7 +35,7 @@ func init() {
 		"clone":  func(r *run, w []string) (bool, error) { return r.startSource(golden, w) },
 		"dest":   (*run).startDest,
 
-		"kill": (*run).kill, "term": (*run).term, "power": (*run).power,
+		"kill": (*run).kill, "doom": (*run).doom, "term": (*run).term, "power": (*run).power,
 		"handoff": (*run).handoff, "abort": (*run).abort, "fast": (*run).fast,
 		"await": (*run).await, "finish": (*run).finish,
 
@@ -231,11 +231,28 @@ func (r *run) kill(w []string) (bool, error) {
 func (r *run) killed(p *process, power bool) {
 	_ = r.attach(p) // what it has said counts
 	p.kill()
+	r.crashed(p, power)
+}
+
+func (r *run) crashed(p *process, power bool) {
 	for _, e := range p.disks {
 		if f := e.file; f != nil && f.line != nil && f.line.owner == f && (power || p.kind == dest && !r.killKeeps) {
 			f.crashed()
 		}
 	}
+}
+
+// doom: doom LABEL MS: the process is killed in the middle of what comes next.
+func (r *run) doom(w []string) (bool, error) {
+	p := r.proc(w[0])
+	if p == nil || p.doomed {
+		return false, nil
+	}
+	ms, _ := strconv.Atoi(w[1])
+	p.doomed = true
+	r.unsure(p)
+	time.AfterFunc(time.Duration(ms)*time.Millisecond, func() { _ = p.cmd.Process.Kill() }) // it may have ended by itself
+	return true, nil
 }
 
 // term: term LABEL
@@ -387,7 +404,7 @@ func (p *process) hasAll() bool {
 // finish: finish SOURCE DEST: a move that nothing keeps from its end comes to it.
 func (r *run) finish(w []string) (bool, error) {
 	s, d := r.proc(w[0]), r.proc(w[1])
-	if s == nil || d == nil || r.weird || s.port != d.port || len(s.disks) != len(d.disks) || s.kind == golden {
+	if s == nil || d == nil || s.doomed || d.doomed || r.weird || s.port != d.port || len(s.disks) != len(d.disks) || s.kind == golden {
 		return false, nil
 	}
 	d.look()
