@@ -223,6 +223,9 @@ func (d *drawer) draw(r *run) string {
 
 // taking names files for the disks that the last source at a port had.
 func (d *drawer) taking(r *run, port string) string {
+	if port == "" {
+		return ""
+	}
 	names := []string{"d" + port[1:]}
 	for _, p := range r.procs {
 		if p.kind != dest && p.port == r.ports[port] {
