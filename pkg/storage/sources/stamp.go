@@ -32,7 +32,10 @@ type Stamp struct {
 	DMUUID   string `json:"dmuuid,omitempty"`
 	PartUUID string `json:"partuuid,omitempty"`
 	DiskSeq  uint64 `json:"diskseq,omitempty"` // new for each device that appears, within one boot
-	Written  uint64 `json:"written,omitempty"` // sectors written or discarded since it appeared
+	// Written is the number of sectors written or discarded since it appeared. What
+	// is written past it, through the disk of a partition or under a volume, is not
+	// in it.
+	Written uint64 `json:"written,omitempty"`
 
 	// BootID is the boot in which the stamp was taken. It is empty for a block
 	// device of which the kernel does not count what is written.
