@@ -2,7 +2,9 @@ package main
 
 import (
 	"errors"
+	"fmt"
 
+	"github.com/silo-nbd/silo-nbd/internal/control"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -25,7 +27,7 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *c
 	}
 	if ledger.Finished() {
 		for i, file := range files {
-			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off",
+			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off, --clone sends it to any number of destinations",
 				"disk", file.Path(), "owner", ledger.Note(i).Text())
 		}
 		return nil, ledger.Close()
@@ -45,6 +47,30 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *c
 		c.log.Warn("the disks were handed off: nothing is served here; what is missing at the destination is sent when it connects")
 	}
 	return ledger, nil
+}
+
+// owned adds to samples of disks to which destination they belong.
+func owned(ledger *identity.Ledger, samples func() []control.Sample) func() []control.Sample {
+	return func() []control.Sample {
+		all := samples()
+		for i := range all {
+			if n := ledger.Note(i); n != nil {
+				all[i].Owner = &control.Owner{Device: fmt.Sprintf("%x", n.Owner), At: n.At, Taken: n.Taken, Complete: n.Complete}
+			}
+		}
+		return all
+	}
+}
+
+// complete notes that the destination has everything, so that a source that is
+// started again has nothing to do.
+func complete(ledger *identity.Ledger, c *console) {
+	if !ledger.HandedOff() {
+		return
+	}
+	if err := ledger.Complete(); err != nil {
+		c.log.Warn("a source that is started again will ask the destination whether it has everything", "error", err)
+	}
 }
 
 func closeAll(files []*sources.File) error {

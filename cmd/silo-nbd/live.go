@@ -140,7 +140,7 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 	}
 	defer ends.Close() // nothing is under way any more
 	op, err := f.operate.start(ctx, control.Options{
-		Role: control.RoleSource, Disks: liveSamples(source), Pace: source, Hand: source, NBD: x.clients, Drain: x.drain,
+		Role: control.RoleSource, Disks: owned(l.ledger, liveSamples(source)), Pace: source, Hand: source, NBD: x.clients, Drain: x.drain,
 	}, metrics.Sight{Disks: source.Status, Path: source.Path, Pace: source, NBD: x.clients}, certs, c)
 	if err != nil {
 		return errors.Join(err, x.listener.Close())
@@ -157,10 +157,14 @@ func (f *sourceFlags) runLive(ctx context.Context, specs []disks.Spec, c *consol
 	if down := x.end(); down != nil && !source.HandedOff() { // then its exports refuse the last flush
 		err = errors.Join(err, down)
 	}
-	if err == nil && f.live.after == "remove" && source.HandedOff() && missing(source.Status()) == "" {
-		err = l.ledger.RemoveDisks()
+	if err != nil || !source.HandedOff() || missing(source.Status()) != "" {
+		return err
 	}
-	return err
+	complete(l.ledger, c)
+	if f.live.after == "remove" {
+		return l.ledger.RemoveDisks()
+	}
+	return nil
 }
 
 // moveLive moves the disks. What ends the migration does not end the service:

@@ -142,7 +142,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	}
 	defer ends.Close() // nothing is under way any more
 	op, err := f.operate.start(ctx, control.Options{
-		Role: control.RoleSource, Disks: samples(source.Status), Pace: source,
+		Role: control.RoleSource, Disks: owned(ledger, samples(source.Status)), Pace: source,
 		Drain: func() {}, // it ends by itself when all is complete
 	}, metrics.Sight{
 		Disks: source.Status, Path: source.Path, Pace: source,
@@ -158,6 +158,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	op.stopping()
 	if err == nil {
 		past.over()
+		complete(ledger, c)
 		return nil
 	}
 	if ctx.Err() == nil {

@@ -186,6 +186,7 @@ func (r *reading) disk() Disk {
 	if r.Err != nil {
 		d.Error = r.Err.Error()
 	}
+	d.Owner = r.Owner
 	if r.Live != nil {
 		d.Live = &LiveDisk{Pass: r.Live.Pass, HandedOff: r.Live.HandedOff, WriteRate: r.Live.WriteRate, LinkRate: r.Live.LinkRate}
 	}

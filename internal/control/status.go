@@ -75,6 +75,8 @@ type Disk struct {
 
 	Live *LiveDisk `json:"live,omitempty"` // of a source whose disk is in use
 
+	Owner *Owner `json:"owner,omitempty"` // of a source whose disk was handed off
+
 	WaitingReads int     `json:"waiting_reads"`
 	OldestWait   float64 `json:"oldest_wait_seconds"`
 	Connected    bool    `json:"connected"`
@@ -91,10 +93,20 @@ type LiveDisk struct {
 	LinkRate  int64 `json:"link_rate"`  // what the path takes, bytes a second; 0 while it is not known
 }
 
+// Owner is the destination's device that a disk was handed off to, as it is noted
+// at the source.
+type Owner struct {
+	Device   string `json:"device"`       // 32 hexadecimal digits
+	At       string `json:"at,omitempty"` // the destination's address, if the source connects to it
+	Taken    bool   `json:"taken"`        // it has said that it is live
+	Complete bool   `json:"complete"`     // it has everything
+}
+
 // Sample is a disk as it is now.
 type Sample struct {
 	migrate.DiskStatus
-	Live *Live // nil: nobody writes the disk at the source
+	Live  *Live  // nil: nobody writes the disk at the source
+	Owner *Owner // nil: the disk is this host's
 }
 
 // Live is what there is to know of a disk that is in use at the source.

@@ -26,12 +26,29 @@ func WriteTable(w io.Writer, st Status) error {
 		t.Flush() // into memory
 	}
 	for _, d := range st.Disks {
+		if o := d.Owner; o != nil {
+			fmt.Fprintf(&b, "%s belongs to device %s%s\n", clean(d.Name), clean(o.Device), o.words())
+		}
 		if d.Error != "" {
 			fmt.Fprintf(&b, "%s: %s\n", d.Name, clean(d.Error))
 		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// words say what is known of an owner.
+func (o *Owner) words() (s string) {
+	if o.At != "" {
+		s = " at " + clean(o.At)
+	}
+	switch {
+	case o.Complete:
+		return s + ", which has all of it"
+	case o.Taken:
+		return s + ", which is live"
+	}
+	return s + ", which has not answered yet"
 }
 
 func headline(st Status) string {

@@ -59,6 +59,7 @@ func (l *Ledger) Peer(disk string) (o migrate.Owner, ok bool) {
 func (l *Ledger) Confirm(disk string, o migrate.Owner) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	defer l.show()
 	e := l.entry(disk)
 	if e == nil || e.state == nil {
 		return fmt.Errorf("no disk is called %q", disk)
@@ -180,6 +181,7 @@ func (d *stagedDisk) create(files durable.FS) (err error) {
 func (l *Ledger) HandOff() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	defer l.show()
 	if l.staged == nil {
 		return errors.New("no handoff was prepared")
 	}
@@ -225,6 +227,7 @@ func (s *staging) dirs() map[string]bool {
 func (l *Ledger) TakeBack() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	defer l.show()
 	st := l.staged
 	if st == nil {
 		return nil
@@ -366,6 +369,7 @@ func (e *entry) touch(do func() error) error {
 func (l *Ledger) Taken() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	defer l.show()
 	if !l.handedOff {
 		return errors.New("the disks were not handed off")
 	}
@@ -390,6 +394,7 @@ func (l *Ledger) Taken() error {
 func (l *Ledger) Complete() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	defer l.show()
 	if !l.handedOff {
 		return errors.New("the disks were not handed off")
 	}

@@ -53,15 +53,12 @@ func (e *entry) foreign() error {
 // error says that it may have been, or that it cannot be told from the disks
 // that were given.
 func (l *Ledger) away(e *entry) (bool, error) {
-	h, _, undecided := e.standing()
+	h, _, _ := e.standing()
 	switch {
 	case h == nil:
 		return false, nil
 	case e.state == nil || e.state.Handoff == nil:
 		// Only the disk itself says so: its state file is elsewhere, or older.
-		if h.Complete && !undecided {
-			return true, nil
-		}
 		n := e.note()
 		if e.state != nil {
 			return false, fmt.Errorf("%w; its state file %s does not know of it: bring the right one back, or take the disk back with --force-reclaim, which gives up what was written there", n.Err(), e.where)
@@ -155,13 +152,10 @@ func (l *Ledger) mayGoOn(o Options) error {
 		l.finished = l.finished && h.Complete
 	}
 	if l.finished {
-		return nil
+		return l.replaced()
 	}
 	for _, e := range l.disks {
 		h, _, _ := e.standing()
-		if e.state == nil || e.state.Handoff == nil {
-			return e.note().Err()
-		}
 		const back = "take the disk back with --force-reclaim, which gives up what was written there"
 		switch {
 		case o.Live && h.Frozen:
@@ -169,6 +163,24 @@ func (l *Ledger) mayGoOn(o Options) error {
 		case !o.Live && !h.Frozen:
 			return fmt.Errorf("%s %w: let the source go on with --nbd as before, or %s", e.disk.Path(), ErrHandedOff, back)
 		}
+	}
+	return nil
+}
+
+// replaced says why the destination does not have what is here now, although it has
+// everything that was handed off. That somebody has renamed the disk, or changed its
+// owner or mode, is no reason.
+func (l *Ledger) replaced() error {
+	for _, e := range l.disks {
+		was, now := e.state.Disk, e.now
+		was.ChangeTime, now.ChangeTime = 0, 0
+		rebooted := now.Block && was.BootID != now.BootID // the count of sectors begins anew
+		was.BootID = now.BootID
+		if e.kin == kinSame && (was == now || rebooted) {
+			continue
+		}
+		return fmt.Errorf("%w: the destination has all of it as it was then, but what is here now was written or replaced since, and was not sent: "+
+			"take the disk back with --force-reclaim to send it as it is", e.note().Err())
 	}
 	return nil
 }

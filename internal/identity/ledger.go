@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/silo-nbd/silo-nbd/internal/durable"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
@@ -56,8 +57,9 @@ type Ledger struct {
 	files durable.FS
 	live  bool
 	at    string
+	notes atomic.Pointer[[]*Note] // of the disks, as of the last change
 
-	mu sync.Mutex
+	mu sync.Mutex // held over I/O: what others look at is in notes
 	// Guarded by mu:
 	disks     []*entry
 	handedOff bool
@@ -113,9 +115,23 @@ func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 	}
 	if gone {
 		l.handedOff = true
-		return l, l.stay()
+		err = l.stay()
+	} else {
+		err = l.begin(o)
 	}
-	return l, l.begin(o)
+	l.show()
+	return l, err
+}
+
+// show lets Note return what stands about the disks now.
+func (l *Ledger) show() {
+	notes := make([]*Note, len(l.disks))
+	for i, e := range l.disks {
+		if l.handedOff {
+			notes[i] = e.note()
+		}
+	}
+	l.notes.Store(&notes)
 }
 
 // open reads what is kept about a disk and locks its state file.
@@ -405,12 +421,8 @@ func (l *Ledger) Identity(i int) migrate.Identity {
 	return l.disks[i].state.identity()
 }
 
-// Note is what is noted about the i-th disk; nil: it is this host's.
-func (l *Ledger) Note(i int) *Note {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.disks[i].note()
-}
+// Note is what is noted about the i-th disk; nil: it is this host's. It never waits.
+func (l *Ledger) Note(i int) *Note { return (*l.notes.Load())[i] }
 
 // Where is the path of the i-th disk's state file; empty if there is none.
 func (l *Ledger) Where(i int) string {

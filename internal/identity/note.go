@@ -4,8 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/silo-nbd/silo-nbd/internal/durable"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
@@ -43,6 +47,57 @@ func NoteAt(f Disk, state string) (*Note, error) {
 	}
 	return at.note(), nil
 }
+
+// NoteOf is NoteAt for a disk that others may have open: it opens and locks nothing.
+func NoteOf(path, state string) (*Note, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode().IsRegular() {
+		return NoteAt(seen{path, info}, state)
+	}
+	f, err := sources.OpenFile(path, sources.FileOptions{ReadOnly: true, Shared: true})
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // only read
+	return NoteAt(f, state)
+}
+
+// seen is a file that is only looked at, by its path.
+type seen struct {
+	path string
+	info fs.FileInfo
+}
+
+func (s seen) Path() string        { return s.path }
+func (s seen) Size() uint64        { return uint64(s.info.Size()) }
+func (s seen) IsBlockDevice() bool { return false }
+
+func (s seen) Stamp() (sources.Stamp, error) {
+	st, ok := s.info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return sources.Stamp{}, errors.ErrUnsupported
+	}
+	return sources.Stamp{Size: s.Size(), Dev: uint64(st.Dev), Inode: st.Ino, ModTime: st.Mtim.Nano(), ChangeTime: st.Ctim.Nano()}, nil
+}
+
+func (s seen) Xattr(name string) ([]byte, error) {
+	b := make([]byte, 4096)
+	n, err := unix.Getxattr(s.path, name, b)
+	switch {
+	case errors.Is(err, unix.ENODATA):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("%s: read %s: %w", s.path, name, err)
+	}
+	return b[:n], nil
+}
+
+func (s seen) SetXattr(string, []byte) error { return errors.ErrUnsupported }
+func (s seen) RemoveXattr(string) error      { return errors.ErrUnsupported }
+func (s seen) SyncXattr() error              { return errors.ErrUnsupported }
 
 // EndNote ends what NoteAt returns: another disk's contents have taken the place
 // of those that were handed off. The caller must have made durable before that the

@@ -312,3 +312,65 @@ func TestRemoveTakesTheFileAndNotTheName(t *testing.T) {
 	_, err = os.Lstat(link)
 	require.NoError(t, err, "the link is not the disk")
 }
+
+// What is here now was not sent: a source that is started again does not say that
+// the destination has it (rule of exit code 0; fault H12).
+func TestDiskThatWasReplacedAfterItsMoveIsNotTakenForSent(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(path string)
+		sent   bool
+	}{
+		"nothing":  {func(string) {}, true},
+		"mode":     {func(path string) { require.NoError(t, os.Chmod(path, 0o640)) }, true},
+		"written":  {func(path string) { touch(t, Spec{Disk: openFile(t, path, false)}) }, false},
+		"replaced": {func(path string) { copyAll(t, path, path+".new"); require.NoError(t, os.Rename(path+".new", path)) }, false},
+	} {
+		vm := filepath.Join(t.TempDir(), "vm.raw")
+		require.NoError(t, os.WriteFile(vm, make([]byte, 8192), 0o600))
+		opened(t, vm, "", func(d Spec) {
+			l := mustOpen(t, []Spec{d}, Options{})
+			handOff(t, l, []Spec{d})
+			require.NoError(t, l.Complete())
+			require.NoError(t, l.Close())
+		})
+		c.change(vm)
+		opened(t, vm, "", func(d Spec) {
+			for _, o := range []Options{{}, {Live: true}} {
+				l, err := Open([]Spec{d}, o)
+				if !c.sent {
+					require.ErrorContains(t, err, "was not sent", name)
+					continue
+				}
+				require.NoError(t, err, name)
+				require.True(t, l.Finished(), name)
+				require.NoError(t, l.Close())
+			}
+		})
+		served(t, vm, "", Options{Reclaim: true})
+	}
+}
+
+// A disk that is in use can be looked at (fault A2).
+func TestNoteIsReadOfADiskThatIsInUse(t *testing.T) {
+	vm := filepath.Join(t.TempDir(), "vm.raw")
+	require.NoError(t, os.WriteFile(vm, make([]byte, 8192), 0o600))
+	note, err := NoteOf(vm, "")
+	require.NoError(t, err)
+	require.Nil(t, note)
+	f := openFile(t, vm, true)
+	defer f.Close()
+	d := Spec{Disk: f, Name: "vm"}
+	l := mustOpen(t, []Spec{d}, live(Options{}))
+	handOff(t, l, []Spec{d})
+	note, err = NoteOf(vm, "")
+	require.NoError(t, err)
+	require.True(t, note.Taken)
+	require.Equal(t, l.Note(0), note)
+	require.NoError(t, os.Remove(vm+Suffix))
+	note, err = NoteOf(vm, "")
+	require.NoError(t, err)
+	require.True(t, note.Taken)
+	require.Contains(t, note.Where, "attribute")
+	_, err = NoteOf(filepath.Join(vm, "none"), "")
+	require.Error(t, err)
+}
