@@ -22,7 +22,9 @@ type drawer struct {
 func newDrawer(seed uint64) *drawer {
 	d := &drawer{rnd: rand.New(rand.NewPCG(seed, 4))}
 	if d.rnd.IntN(4) > 0 {
-		d.story = slices.Clone(stories[d.rnd.IntN(len(stories))].steps)
+		if s := stories[d.rnd.IntN(len(stories))]; s.open == "" {
+			d.story = slices.Clone(s.steps)
+		}
 	}
 	d.more = 1 + d.rnd.IntN(5)
 	if d.story == nil {

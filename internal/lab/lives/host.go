@@ -48,6 +48,7 @@ type snap struct {
 	dir          string // of the copies: disk, map, state
 	owner, whole bool
 	noted        [2]bool // file, state file
+	ended        bool    // the handoff that is noted has ended since, by a reclaim
 	line         *line   // as it was, if the file was the owner
 	of           *line
 	parts        string // which of d, m, s there were

@@ -28,6 +28,7 @@ var (
 	given   = flag.String("lives.bin", "", "the program that is tried (default: it is built)")
 	keeps   = flag.Bool("lives.keeps", false, "a dest that is killed has lost nothing that was acknowledged")
 	races   = flag.Bool("lives.race", false, "build the program with the race detector")
+	played  = flag.String("lives.play", "", "play these steps, between semicolons, and show what was said")
 	only    = flag.String("lives.story", "", "play only this story, and show what was said")
 )
 
@@ -155,4 +156,18 @@ func TestStories(t *testing.T) {
 			t.Log(time.Since(began).Round(time.Millisecond), r.started, "processes:", strings.Join(r.done, "; "))
 		})
 	}
+}
+
+// TestPlay plays the steps of a flag.
+func TestPlay(t *testing.T) {
+	if *played == "" {
+		t.Skip("no -lives.play")
+	}
+	var steps []string
+	for s := range strings.SplitSeq(*played, ";") {
+		steps = append(steps, strings.TrimSpace(s))
+	}
+	r, err := testWorker(t, "").play(*from, listed(steps))
+	t.Log(strings.Join(r.done, "; "), "\n", r.log())
+	require.NoError(t, err)
 }

@@ -28,7 +28,18 @@ type mutant struct {
 // edit replaces text that stands once in a file.
 type edit struct{ file, from, to string }
 
-var mutants []mutant
+var mutants = []mutant{
+	// A note counts only if all disks that are given have it.
+	{"A1", []edit{{"internal/identity/judge.go", `	if err := l.together(away); err != nil {
+		return false, err
+	}
+`, `	if len(away) < len(l.disks) {
+		return false, nil
+	}
+`}}},
+	// A generation is the one after the last.
+	{"A5", []edit{{"internal/identity/state.go", "	s.Generation = draw()\n", "	s.Generation++\n"}}},
+}
 
 // TestMutants shows that the model is worth something: it finds known faults
 // again when what mends them is taken out.

@@ -67,6 +67,15 @@ func (r *run) restore(w []string) (bool, error) {
 	h.files[n] = f
 	rolledBack := was != nil && was.line == s.of && was.line != nil && was.line.owner == was
 	switch l := s.of; {
+	case !s.owner && s.ended && s.whole && rolledBack && !strings.Contains(which, "s"):
+		// It is as it was when it was handed off, and the state file knows that it
+		// was taken back since.
+		have, err := h.contents(n)
+		if err != nil {
+			return true, err
+		}
+		*l = *newLine(l.id, have)
+		l.owner = f
 	case !s.owner:
 	case was == nil || was != s.file && was.line != s.of:
 		// A copy elsewhere, or over another disk: one of its own if it is whole.

@@ -153,6 +153,9 @@ func (r *run) reclaimed(e *export, contents []token) {
 		o.line = l.clone(r.nextLine())
 		o.line.owner, o.line.seen = o, l.seen
 	}
+	for _, s := range f.host.snaps {
+		s.ended = s.ended || s.of == l // what it notes has ended
+	}
 	l.cur, l.open, l.unflushed, l.owner, l.offered, l.tampered = contents, map[int][]token{}, map[int][]token{}, f, false, false
 	f.local, f.whole = map[int]bool{}, true
 }
@@ -408,6 +411,11 @@ func (r *run) finish(w []string) (bool, error) {
 		return false, nil
 	}
 	d.look()
+	for _, p := range r.procs {
+		if p != d && p.kind == dest && p.port == d.port && p.running() {
+			return false, nil // it may be the one
+		}
+	}
 	for i, e := range d.disks {
 		if !e.ready || e.file == nil || e.file.line != s.disks[i].file.line {
 			return false, nil
