@@ -45,6 +45,15 @@ says 'attached /dev/nbd0' silo-nbd attach "$disk"
 says 'attached /dev/nbd1' silo-nbd attach "$empty" --connections 2 --timeout 1h
 [ "$(cat /sys/block/nbd0/size)" = "$(cat /sys/block/vda/size)" ] || fail 'another size'
 refused 'nbd0 is attached to nbd+unix:///disk.*detach /dev/nbd0' silo-nbd attach "$empty" --device /dev/nbd0
+block() { [ "$(cat /sys/block/nbd1/queue/logical_block_size)" = "$1" ] || fail "not blocks of $1: $(cat /sys/block/nbd1/queue/logical_block_size)"; }
+block 512
+printf 'EFI PART' | dd of=/dev/nbd1 bs=4096 seek=1 conv=fsync 2>/dev/null || fail 'a partition table'
+says '' silo-nbd detach /dev/nbd1
+says 'attached /dev/nbd1' silo-nbd attach "$empty" --device /dev/nbd1
+block 4096
+says '' silo-nbd detach /dev/nbd1
+says 'attached /dev/nbd1' silo-nbd attach "$empty" --device /dev/nbd1 --block-size 512
+block 512
 mkdir /m /e
 mkfs.ext4 -q /dev/nbd1 || fail mkfs
 mount /dev/nbd1 /e && echo hello >/e/file && sync && umount /e || fail 'the new file system'
@@ -97,7 +106,8 @@ dmesg | grep -E 'I/O error|EXT4-fs error|Remounting' && fail 'the kernel complai
 echo 'the copy is whole'
 `
 
-// TestAttachedDiskOutlivesDest attaches with silo-nbd attach, in a guest.
+// TestAttachedDiskOutlivesDest attaches with silo-nbd attach, in a guest. A disk whose partition table was made for blocks of
+// 4096 bytes gets those (fault H7).
 func TestAttachedDiskOutlivesDest(t *testing.T) {
 	need(t, "mkfs.ext4", "e2fsck")
 	needGuest(t)
