@@ -13,6 +13,7 @@ type destFlags struct {
 	maps      []string
 	dir       string
 	overwrite bool
+	moved     bool
 	nbd       nbdFlag
 	readOnly  bool
 	stall     stallFlag
@@ -63,6 +64,7 @@ before all is complete, since the disk would be of no use.`,
 	flags.StringArrayVar(&f.maps, "map", nil, "the map of a disk lies here, as `[NAME=]PATH`; may be given again (default: beside the disk; a block device has none)")
 	flags.StringVar(&f.dir, "dir", "", "receive every disk that the source sends, as `DIR`/NAME.raw")
 	flags.BoolVar(&f.overwrite, "overwrite", false, "begin anew: replace what a disk that exists already holds, and forget its map")
+	flags.BoolVar(&f.moved, "disk-moved", false, "a disk is the one of its map although its name or times say otherwise: it was moved or copied as dest had left it")
 	flags.Var(&f.nbd, "nbd", "serve NBD here: host:port, unix:///path, or systemd[:NAME] for the socket that systemd has opened")
 	flags.BoolVar(&f.readOnly, "read-only", false, "let NBD clients read only")
 	flags.Var(&f.stall, "stall", "what becomes of a client's read that waits for the source: it waits on, or fails with EIO after DURATION")
@@ -82,6 +84,8 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("--disk and --dir: want only one of them")
 	case len(f.maps) > 0 && f.dir != "":
 		return nil, usagef("--map and --dir: with --dir each map lies beside its disk; name the disks with --disk")
+	case f.moved && f.overwrite:
+		return nil, usagef("--disk-moved and --overwrite: the one goes on with what a disk holds, the other replaces it")
 	case f.nbd.IsZero():
 		return nil, usagef("no --nbd: want the address at which to serve the disk, such as unix:///run/vm.sock")
 	case f.command != "" && f.dir != "":

@@ -20,7 +20,7 @@ where it comes from, how much of it is here, what is missing, and whether the di
 used without silo-nbd.`,
 		Args: arguments("DISK"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			report, err := inspect.Of(args[0], cmp.Or(where, args[0]+disks.MapSuffix))
+			report, err := inspect.Of(args[0], cmp.Or(where, disks.FindMap(args[0])))
 			if err != nil {
 				return err
 			}

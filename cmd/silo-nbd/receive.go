@@ -57,7 +57,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	if err != nil {
 		return err
 	}
-	set, err := disks.OpenDestination(specs, f.dir, f.overwrite)
+	set, err := disks.OpenDestination(specs, disks.Options{Dir: f.dir, Overwrite: f.overwrite, Moved: f.moved})
 	if err != nil {
 		return err
 	}

@@ -34,26 +34,39 @@ type Destination struct {
 	specs     []Spec
 	dir       string // where disks are made by the source's names, if not empty
 	overwrite bool
+	moved     bool
 
 	mu sync.Mutex
 	// Guarded by mu:
 	opened  map[string]*sources.File // by path: existed before, locked, not asked for yet
+	blank   map[string]*sources.File // the same: made just before a crash, and never written
 	resumed []*Disk                  // existed before with its map, not asked for yet
+}
+
+// Options say what becomes of disks that exist.
+type Options struct {
+	Dir       string // make a disk here for each name that the source sends
+	Overwrite bool   // replace what disks hold
+	Moved     bool   // a disk is the one of its map although its name or times say otherwise
 }
 
 // OpenDestination prepares the disks of the command line, or the directory in
 // which a disk is made for each name that the source sends. Disks that exist
 // are opened and locked now, so that one which is in use or would be
-// overwritten is refused before anything is sent; nothing is changed yet.
-func OpenDestination(specs []Spec, dir string, overwrite bool) (*Destination, error) {
-	d := &Destination{specs: specs, dir: dir, overwrite: overwrite, opened: make(map[string]*sources.File)}
-	if dir != "" {
-		info, err := os.Stat(dir)
+// overwritten is refused before anything is sent; nothing is changed yet, but that
+// disks which go on are bound to their maps.
+func OpenDestination(specs []Spec, o Options) (*Destination, error) {
+	d := &Destination{
+		specs: specs, dir: o.Dir, overwrite: o.Overwrite, moved: o.Moved,
+		opened: make(map[string]*sources.File), blank: make(map[string]*sources.File),
+	}
+	if o.Dir != "" {
+		info, err := os.Stat(o.Dir)
 		if err != nil {
 			return nil, err
 		}
 		if !info.IsDir() {
-			return nil, fmt.Errorf("%s is not a directory", dir)
+			return nil, fmt.Errorf("%s is not a directory", o.Dir)
 		}
 	}
 	all, err := d.candidates()
@@ -72,13 +85,17 @@ func OpenDestination(specs []Spec, dir string, overwrite bool) (*Destination, er
 // be overwritten, the disk alone.
 func (d *Destination) prepare(s Spec) error {
 	if !d.overwrite {
-		disk, err := resume(s)
+		disk, blank, err := d.resume(s)
 		if err != nil {
 			return err
 		}
 		if disk != nil {
 			d.resumed = append(d.resumed, disk)
-			return d.whose(s, disk)
+			return nil
+		}
+		if blank != nil {
+			d.blank[s.Path] = blank
+			return nil
 		}
 	}
 	if err := s.checkMap(); err != nil {
@@ -119,12 +136,18 @@ func (d *Destination) openExisting(path string) (*sources.File, error) {
 		return nil, err
 	}
 	if !d.overwrite {
-		return nil, errors.Join(exists(path), f.Close())
+		return nil, errors.Join(errExists(path), f.Close())
 	}
 	return f, nil
 }
 
-func exists(path string) error {
+// errExists refuses to overwrite a disk. If the disk says that it has a map, that one
+// is to be given.
+func errExists(path string) error {
+	if m := peek(path); m != nil && !m.Complete {
+		return fmt.Errorf("%s exists, and dest has received a part of it, as its map %s knows: give that by --map to go on, "+
+			"--overwrite to begin anew, or another path", path, m.Map)
+	}
 	return fmt.Errorf("%s exists: give --overwrite to replace what it holds, or another path", path)
 }
 
@@ -143,40 +166,85 @@ func (d *Destination) Open(a migrate.Announcement) (*Disk, error) {
 	if err := spec.checkMap(); err != nil {
 		return nil, err
 	}
-	disk, err := d.open(spec, int64(a.Size))
+	disk, err := d.existing(spec, int64(a.Size))
 	if err != nil {
 		return nil, err
 	}
-	if disk.Map, err = makeMap(disk, spec, a); err != nil {
+	if disk == nil {
+		return d.makeDisk(spec, a)
+	}
+	if disk.Map, err = makeMap(spec, disk.IsBlockDevice(), a); err != nil {
 		return nil, errors.Join(err, disk.File.Close())
+	}
+	if err := disk.begin(); err != nil {
+		return nil, errors.Join(err, disk.Close())
 	}
 	return disk, nil
 }
 
-func (d *Destination) open(spec Spec, size int64) (*Disk, error) {
+// makeDisk makes a disk that does not exist. Its map comes first: after a crash between
+// the two the same command begins anew, where a disk without a map would be taken for
+// somebody's.
+func (d *Destination) makeDisk(spec Spec, a migrate.Announcement) (_ *Disk, err error) {
+	disk := &Disk{Name: spec.Name}
+	if disk.Map, err = makeMap(spec, false, a); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		if disk.File != nil {
+			if disk.KnownZero {
+				err = errors.Join(err, os.Remove(disk.Path()))
+			}
+			err = errors.Join(err, disk.File.Close())
+		}
+		if disk.Map != nil {
+			err = errors.Join(err, os.Remove(disk.Map.Path()), disk.Map.Close())
+		}
+	}()
+	if disk.File, err = d.create(spec.Path, int64(a.Size)); err != nil {
+		return nil, err
+	}
+	disk.KnownZero = disk.Created()
+	return disk, disk.begin()
+}
+
+// begin ties a disk to the map that was just made for it.
+func (d *Disk) begin() error {
+	if d.Map == nil {
+		return nil
+	}
+	return d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path()}, lazy.Mark{})
+}
+
+// existing is the disk at spec that is to take size bytes, if there is one.
+func (d *Destination) existing(spec Spec, size int64) (*Disk, error) {
 	var err error
 	d.mu.Lock()
-	f := d.opened[spec.Path]
-	delete(d.opened, spec.Path)
+	from, zero := d.opened, false
+	if d.blank[spec.Path] != nil {
+		from, zero = d.blank, true
+	}
+	f := from[spec.Path]
+	delete(from, spec.Path)
 	d.mu.Unlock()
 	if f == nil && d.dir != "" {
 		if f, err = d.openExisting(spec.Path); err != nil {
 			return nil, err
 		}
 	}
-	if f != nil {
-		if err := checkSize(f, size); err != nil {
-			d.mu.Lock()
-			d.opened[spec.Path] = f // for a source that fits
-			d.mu.Unlock()
-			return nil, err
-		}
-		return &Disk{File: f, Name: spec.Name}, nil
+	if f == nil {
+		return nil, nil
 	}
-	if f, err = d.create(spec.Path, size); err != nil {
+	if err := checkSize(f, size); err != nil {
+		d.mu.Lock()
+		from[spec.Path] = f // for a source that fits
+		d.mu.Unlock()
 		return nil, err
 	}
-	return &Disk{File: f, Name: spec.Name, KnownZero: f.Created()}, nil
+	return &Disk{File: f, Name: spec.Name, KnownZero: zero}, nil
 }
 
 // create makes a disk that does not exist, or fills an empty file.
@@ -186,7 +254,7 @@ func (d *Destination) create(path string, size int64) (*sources.File, error) {
 		return nil, err
 	}
 	if !f.Created() && !d.overwrite { // somebody made it meanwhile
-		return nil, errors.Join(exists(path), f.Close())
+		return nil, errors.Join(errExists(path), f.Close())
 	}
 	return f, nil
 }
@@ -237,7 +305,11 @@ func (d *Destination) Close() error {
 	for _, f := range d.opened {
 		errs = append(errs, f.Close())
 	}
+	for _, f := range d.blank {
+		errs = append(errs, f.Close())
+	}
 	clear(d.opened)
+	clear(d.blank)
 	for _, disk := range d.resumed {
 		errs = append(errs, disk.Close())
 	}

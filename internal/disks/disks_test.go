@@ -34,7 +34,7 @@ func file(t *testing.T, path, content string) {
 
 func TestMissingDiskIsMadeSparse(t *testing.T) {
 	dir := t.TempDir()
-	set, err := OpenDestination(parse(t, dir, "b.raw"), "", false)
+	set, err := OpenDestination(parse(t, dir, "b.raw"), Options{})
 	require.NoError(t, err)
 	require.Equal(t, 1, set.Expected())
 	require.NoFileExists(t, dir+"/b.raw", "nothing is made before the source has said the size")
@@ -50,7 +50,7 @@ func TestMissingDiskIsMadeSparse(t *testing.T) {
 func TestExistingDiskNeedsOverwrite(t *testing.T) {
 	dir := t.TempDir()
 	file(t, dir+"/b.raw", "precious")
-	_, err := OpenDestination(parse(t, dir, "b.raw"), "", false)
+	_, err := OpenDestination(parse(t, dir, "b.raw"), Options{})
 	require.ErrorContains(t, err, "exists: give --overwrite")
 	got, err := os.ReadFile(dir + "/b.raw")
 	require.NoError(t, err)
@@ -62,7 +62,7 @@ func TestOverwrittenDiskKeepsItsSizeAndIsNotTakenForZero(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			file(t, dir+"/b.raw", before)
-			set, err := OpenDestination(parse(t, dir, "b.raw"), "", true)
+			set, err := OpenDestination(parse(t, dir, "b.raw"), Options{Overwrite: true})
 			require.NoError(t, err)
 			info, err := os.Stat(dir + "/b.raw")
 			require.NoError(t, err)
@@ -97,11 +97,11 @@ func TestDiskInUseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 	specs := parse(t, dir, "a.raw")
 	files, err := OpenSource(specs, false)
 	require.NoError(t, err)
-	_, err = OpenDestination(specs, "", true)
+	_, err = OpenDestination(specs, Options{Overwrite: true})
 	require.ErrorContains(t, err, "in use")
 	require.NoError(t, files[0].Close())
 
-	set, err := OpenDestination(specs, "", true)
+	set, err := OpenDestination(specs, Options{Overwrite: true})
 	require.NoError(t, err)
 	_, err = OpenSource(specs, false)
 	require.ErrorContains(t, err, "in use")
@@ -113,7 +113,7 @@ func TestDiskInUseIsRefusedBeforeAnythingIsSent(t *testing.T) {
 
 func TestDisksAreFoundByName(t *testing.T) {
 	dir := t.TempDir()
-	set, err := OpenDestination(parse(t, dir, "root=x.raw", "data.raw"), "", false)
+	set, err := OpenDestination(parse(t, dir, "root=x.raw", "data.raw"), Options{})
 	require.NoError(t, err)
 	require.Equal(t, 2, set.Expected())
 	d, err := set.Open(announce("root", 100))
@@ -124,7 +124,7 @@ func TestDisksAreFoundByName(t *testing.T) {
 	_, err = set.Open(announce("x", 100))
 	require.ErrorContains(t, err, `no --disk is called "x"`)
 
-	named, err := OpenDestination(parse(t, dir, "root=y.raw"), "", false)
+	named, err := OpenDestination(parse(t, dir, "root=y.raw"), Options{})
 	require.NoError(t, err)
 	_, err = named.Open(announce("other", 100))
 	require.ErrorContains(t, err, `no --disk is called "other"`)
@@ -132,7 +132,7 @@ func TestDisksAreFoundByName(t *testing.T) {
 }
 
 func TestSourceWithoutNameGetsTheFiles(t *testing.T) {
-	set, err := OpenDestination(parse(t, t.TempDir(), "b.raw"), "", false)
+	set, err := OpenDestination(parse(t, t.TempDir(), "b.raw"), Options{})
 	require.NoError(t, err)
 	d, err := set.Open(announce("", 100))
 	require.NoError(t, err)
@@ -145,7 +145,7 @@ func TestHostileNameNeverBecomesAPath(t *testing.T) {
 	outer := t.TempDir()
 	dir := filepath.Join(outer, "disks")
 	require.NoError(t, os.Mkdir(dir, 0o700))
-	set, err := OpenDestination(nil, dir, true)
+	set, err := OpenDestination(nil, Options{Dir: dir, Overwrite: true})
 	require.NoError(t, err)
 	require.Zero(t, set.Expected())
 	for _, name := range hostileNames {
@@ -162,14 +162,14 @@ func TestHostileNameNeverBecomesAPath(t *testing.T) {
 	require.Equal(t, dir+"/vm-1.raw", d.Path())
 	require.NoError(t, d.Close())
 
-	again, err := OpenDestination(nil, dir, false)
+	again, err := OpenDestination(nil, Options{Dir: dir})
 	require.NoError(t, err)
 	resumed := again.Resumed()
 	require.Len(t, resumed, 1, "the disk and its map are here")
 	require.Equal(t, "vm-1", resumed[0].Name)
 	require.NoError(t, resumed[0].Close())
 	require.NoError(t, os.Remove(dir+"/vm-1.raw"+MapSuffix))
-	careful, err := OpenDestination(nil, dir, false)
+	careful, err := OpenDestination(nil, Options{Dir: dir})
 	require.NoError(t, err)
 	_, err = careful.Open(announce("vm-1", 100))
 	require.ErrorContains(t, err, "exists")
@@ -187,17 +187,17 @@ func TestDiskThatDoesNotFitItsMapIsRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			specs := parse(t, dir, "b.raw")
-			set, err := OpenDestination(specs, "", false)
+			set, err := OpenDestination(specs, Options{})
 			require.NoError(t, err)
 			d, err := set.Open(announce("a", 8192))
 			require.NoError(t, err)
-			_, err = OpenDestination(specs, "", false)
+			_, err = OpenDestination(specs, Options{})
 			require.ErrorContains(t, err, "in use", "trap D10")
 			require.NoError(t, d.Close())
 			disk, where := dir+"/b.raw", dir+"/b.raw"+MapSuffix
 			require.NoError(t, spoil(disk, where))
 			before, _ := os.ReadFile(where)
-			_, err = OpenDestination(specs, "", false)
+			_, err = OpenDestination(specs, Options{})
 			require.Error(t, err)
 			after, _ := os.ReadFile(where)
 			require.Equal(t, before, after, "nothing was touched")
@@ -210,7 +210,7 @@ func TestDiskThatDoesNotFitItsMapIsRefused(t *testing.T) {
 func TestPartOfADiskIsNoSource(t *testing.T) {
 	dir := t.TempDir()
 	specs := parse(t, dir, "b.raw")
-	set, err := OpenDestination(specs, "", false)
+	set, err := OpenDestination(specs, Options{})
 	require.NoError(t, err)
 	d, err := set.Open(announce("a", 8192))
 	require.NoError(t, err)
@@ -221,7 +221,7 @@ func TestPartOfADiskIsNoSource(t *testing.T) {
 	require.EqualError(t, err, dir+"/b.raw is not whole: dest has received a part of it, as its map "+dir+"/b.raw"+MapSuffix+
 		" says; run dest with it again to get the rest")
 
-	disk, err := OpenDestination(specs, "", false)
+	disk, err := OpenDestination(specs, Options{})
 	require.NoError(t, err)
 	d = disk.Resumed()[0]
 	dev, err := lazy.New(d.File, lazy.Options{Map: d.Map})
@@ -244,7 +244,7 @@ func TestOverwriteBeginsAnewWithItsOwnMap(t *testing.T) {
 	dir := t.TempDir()
 	specs := parse(t, dir, "b.raw")
 	for i, overwrite := range []bool{false, true} {
-		set, err := OpenDestination(specs, "", overwrite)
+		set, err := OpenDestination(specs, Options{Overwrite: overwrite})
 		require.NoError(t, err)
 		require.Empty(t, set.Resumed())
 		a := announce("a", 8192)
@@ -261,7 +261,7 @@ func TestOverwriteLeavesTheMapOfOthersAlone(t *testing.T) {
 	dir := t.TempDir()
 	file(t, dir+"/letter", "somebody's")
 	file(t, dir+"/b.raw", "precious")
-	set, err := OpenDestination(parse(t, dir, "other.raw"), "", false)
+	set, err := OpenDestination(parse(t, dir, "other.raw"), Options{})
 	require.NoError(t, err)
 	other, err := set.Open(announce("a", 8192))
 	require.NoError(t, err)
@@ -273,7 +273,7 @@ func TestOverwriteLeavesTheMapOfOthersAlone(t *testing.T) {
 		specs := parse(t, dir, "b.raw")
 		specs[0].Map = filepath.Join(dir, where)
 		before, _ := os.ReadFile(specs[0].Map)
-		_, err := OpenDestination(specs, "", true)
+		_, err := OpenDestination(specs, Options{Overwrite: true})
 		require.ErrorContains(t, err, want)
 		after, _ := os.ReadFile(specs[0].Map)
 		require.Equal(t, before, after)
@@ -296,13 +296,13 @@ func TestBadDisksAreRefused(t *testing.T) {
 		_, err := OpenSource(parse(t, dir, "n="+flag), false)
 		require.ErrorContains(t, err, want, flag)
 	}
-	_, err := OpenDestination(parse(t, dir, "n=."), "", true)
+	_, err := OpenDestination(parse(t, dir, "n=."), Options{Overwrite: true})
 	require.ErrorContains(t, err, "directory")
-	_, err = OpenDestination(parse(t, dir, "no/such/b.raw"), "", true)
+	_, err = OpenDestination(parse(t, dir, "no/such/b.raw"), Options{Overwrite: true})
 	require.ErrorContains(t, err, "no such file")
-	_, err = OpenDestination(nil, dir+"/file", true)
+	_, err = OpenDestination(nil, Options{Dir: dir + "/file", Overwrite: true})
 	require.ErrorContains(t, err, "not a directory")
-	_, err = OpenDestination(nil, dir+"/nowhere", true)
+	_, err = OpenDestination(nil, Options{Dir: dir + "/nowhere", Overwrite: true})
 	require.ErrorContains(t, err, "no such file")
 }
 
@@ -311,7 +311,7 @@ func TestSourceOpensAllOrNone(t *testing.T) {
 	file(t, dir+"/a.raw", "12345678")
 	_, err := OpenSource(parse(t, dir, "a.raw", "b.raw"), false)
 	require.Error(t, err)
-	set, err := OpenDestination(parse(t, dir, "a.raw"), "", true)
+	set, err := OpenDestination(parse(t, dir, "a.raw"), Options{Overwrite: true})
 	require.NoError(t, err, "the first disk must not stay locked")
 	require.NoError(t, set.Close())
 }

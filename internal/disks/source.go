@@ -37,25 +37,43 @@ func openSource(specs []Spec, o sources.FileOptions) (files []*sources.File, err
 			return files, err
 		}
 		files = append(files, f)
-		if err := whole(s.Path); err != nil {
+		if err := whole(f); err != nil {
 			return files, err
 		}
 	}
 	return files, nil
 }
 
-// whole says why a disk is not one that can be sent on: its map says that a part
-// of it is missing. That of a block device lies elsewhere.
-func whole(path string) error {
-	at := path + MapSuffix
-	i, err := lazy.Inspect(at)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil
-	case err != nil:
-		return fmt.Errorf("nobody can say whether %s is whole: %w; if it is, and only then, move its map away", path, err)
-	case i.State != lazy.MapComplete:
-		return fmt.Errorf("%s is not whole: dest has received a part of it, as its map %s says; run dest with it again to get the rest", path, at)
+// whole says why a disk cannot be sent on: itself, or a map beside any of its names,
+// says that a part of it is missing. The map of a block device lies elsewhere.
+func whole(f *sources.File) error {
+	m, err := readMark(f)
+	if err != nil {
+		return err
+	}
+	maps := []string{MapBeside(f.Path()), beside(f.Path())}
+	if m != nil && m.Map != "" {
+		maps = append(maps, m.Map)
+	}
+	known := m == nil || m.Complete
+	for _, at := range maps {
+		i, err := lazy.InspectHeader(at)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return fmt.Errorf("nobody can say whether %s is whole: %w; if it is, and only then, move its map away", f.Path(), err)
+		case i.State != lazy.MapComplete:
+			return notWhole(f, at)
+		case m != nil && !m.Complete && i.Binding.Bears(m.value()):
+			known = true // it had no time to say so itself
+		}
+	}
+	if !known {
+		return notWhole(f, m.Map)
 	}
 	return nil
+}
+
+func notWhole(f *sources.File, at string) error {
+	return fmt.Errorf("%s is not whole: dest has received a part of it, as its map %s says; run dest with it again to get the rest", f.Path(), at)
 }

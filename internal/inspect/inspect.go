@@ -10,6 +10,7 @@ import (
 	"os"
 	"syscall"
 
+	"github.com/silo-nbd/silo-nbd/internal/disks"
 	"github.com/silo-nbd/silo-nbd/internal/units"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 )
@@ -60,6 +61,9 @@ func Of(disk, path string) (*Report, error) {
 		Device: i.Identity.Device.String(), Source: i.Identity.Source.String(), Generation: i.Identity.Generation,
 		Fetched: i.Fetched, Written: i.Written, Partial: i.Partial, Missing: i.Missing, Logged: i.Logged,
 		Runs: []Run{}, Problem: unfit(disk, i.Identity.Size),
+	}
+	if r.Problem == "" {
+		r.Problem = disks.Doubt(disk, i)
 	}
 	r.Safe = i.State == lazy.MapComplete && !i.InUse && r.Problem == ""
 	i.EachMissing(func(off, length int64) bool {

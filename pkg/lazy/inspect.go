@@ -23,6 +23,9 @@ type Inspection struct {
 	BytesLocal int64 // bytes of the blocks that are here
 	Logged     int64 // bytes of flushed writes that are in the log, and perhaps not yet on the disk
 
+	Binding  Binding // what the map knows of its disk
+	Bindable bool    // it is of a version that binds maps to their disks
+
 	state *state
 }
 
@@ -47,6 +50,23 @@ func Inspect(path string) (*Inspection, error) {
 	return i, nil
 }
 
+// InspectHeader is Inspect for what the header says: Identity, State and Binding. It
+// does not look whether the map is in use.
+func InspectHeader(path string) (*Inspection, error) {
+	f, err := openFile(path, os.O_RDONLY)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, errno(err))
+	}
+	defer f.Close() // only read
+	head, _, err := readHeader(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, errno(err))
+	}
+	return &Inspection{
+		Identity: head.id, State: head.state, Binding: head.bond.binding(), Bindable: head.version > 1, state: newState(0),
+	}, nil
+}
+
 func inspect(file mapFile) (*Inspection, error) {
 	head, _, err := readHeader(file)
 	if err != nil {
@@ -63,7 +83,8 @@ func inspect(file mapFile) (*Inspection, error) {
 		Blocks: s.blocks, Fetched: local - written, Written: written, Missing: s.blocks - local,
 		Partial:    s.partial.n.Load(),
 		BytesLocal: local * head.id.BlockSize,
-		state:      s,
+		Binding:    head.bond.binding(), Bindable: head.version > 1,
+		state: s,
 	}
 	if m.log != nil && head.state != MapComplete {
 		err := m.log.replay(func(r record, laid bool) error {

@@ -9,8 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 var (
@@ -154,7 +152,7 @@ func openFile(path string, flags int) (osFile, error) {
 }
 
 func lockMap(f osFile, want Identity) (*Map, error) {
-	if err := f.lock(unix.LOCK_EX); err != nil {
+	if err := f.lockToOwn(); err != nil {
 		return nil, err
 	}
 	return openMap(f, want)

@@ -1,12 +1,16 @@
 package lazy
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -115,6 +119,32 @@ func (o osFile) reserve(off, length int64) error {
 	return err
 }
 
+// lockPatience is how long a lock is tried for that only those have who look at the map
+// for a moment, and lockPause how long between two tries.
+const (
+	lockPatience = time.Second
+	lockPause    = 5 * time.Millisecond
+)
+
+// lockToOwn is lock for a process that wants the map for itself. It waits for those who
+// inspect it, which takes them no time.
+func (o osFile) lockToOwn() error {
+	for until := time.Now().Add(lockPatience); ; {
+		err := o.lock(unix.LOCK_EX)
+		if !errors.Is(err, ErrMapInUse) {
+			return err
+		}
+		// An owner keeps out those who inspect, too.
+		if shared := o.lock(unix.LOCK_SH); shared != nil || time.Now().After(until) {
+			return err
+		}
+		if err := o.lock(unix.LOCK_UN); err != nil {
+			return err
+		}
+		<-time.After(lockPause)
+	}
+}
+
 // lock takes the file's lock, which goes when it is closed, or says ErrMapInUse.
 func (o osFile) lock(how int) error {
 	err := o.control("lock", func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
@@ -134,7 +164,9 @@ func createFile(path string, fill func(f osFile) error) (_ osFile, err error) {
 	if dir == "" {
 		dir = "."
 	}
-	f, err := os.CreateTemp(dir, "."+base+".new-")
+	temp := tempName(base)
+	removeLeft(dir, temp)
+	f, err := os.CreateTemp(dir, temp)
 	if err != nil {
 		return osFile{}, err
 	}
@@ -162,6 +194,42 @@ func createFile(path string, fill func(f osFile) error) (_ osFile, err error) {
 		return o, err
 	}
 	return o, nil
+}
+
+// maxTempBase is how long the name of a file may be to be in that of its temporary one,
+// in bytes: file systems take names of 255.
+const maxTempBase = 255 - len("..new-") - len("4294967295")
+
+// tempName is what the name of a file begins with as long as it is being made.
+func tempName(base string) string {
+	if len(base) > maxTempBase {
+		sum := sha256.Sum256([]byte(base))
+		base = hex.EncodeToString(sum[:16])
+	}
+	return "." + base + ".new-"
+}
+
+// removeLeft removes what processes that were killed have left: files that are named so
+// and that nobody has locked. It is best effort.
+func removeLeft(dir, temp string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return // whoever makes a file there will hear why
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), temp) || !e.Type().IsRegular() {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if o := (osFile{f}); o.lock(unix.LOCK_EX) == nil {
+			os.Remove(path) // best effort
+		}
+		f.Close() // nothing was written
+	}
 }
 
 // rename gives a file a name that nothing has.

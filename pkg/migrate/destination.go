@@ -166,7 +166,7 @@ func (d *Destination) session(ctx context.Context, c *caller) (bool, error) {
 // right source is waited for.
 func (d *Destination) weigh(refusal error) error {
 	var local *localError
-	if lazy.NoRoom(refusal) { // of a map: nothing has happened, and the next connection tries again
+	if lazy.NoRoom(refusal) && len(d.all()) > 0 { // of a map: nothing has happened, and the next connection tries again
 		return &refusedError{refusal}
 	}
 	if errors.As(refusal, &local) || !d.opts.Listening && !d.served && !d.resumed() {
