@@ -21,7 +21,17 @@ func (d *Device) Restart(source UUID, generation uint64) error {
 	if err := d.invalidate(all.lo, all.hi); err != nil {
 		return err
 	}
-	return d.forgetWith([]span{all}, func(h *header) { h.id.Source, h.id.Generation = source, generation })
+	return d.flush.alone(d, func() error {
+		m := d.saver.m
+		if m == nil {
+			return nil
+		}
+		// By a sync of its own: with the new name and the old bits the map would lie.
+		if err := d.forgetOwed([]span{all}, func(*header) {}); err != nil {
+			return err
+		}
+		return mayRetry(m.update(func(h *header) { h.id.Source, h.id.Generation = source, generation }))
+	})
 }
 
 // forget makes it durable that the blocks of spans were taken back. Until then
@@ -34,7 +44,12 @@ func (d *Device) forget(spans []span) error {
 		d.epoch.step()
 		return nil
 	}
-	return d.forgetWith(spans, func(h *header) { h.epoch.step() })
+	return d.flush.alone(d, func() error {
+		if d.saver.m == nil {
+			return nil
+		}
+		return d.forgetOwed(append(spans, d.owed.spans...), func(h *header) { h.epoch.step() })
+	})
 }
 
 // owed is what was taken back in memory and not in the map, for want of room.
@@ -43,16 +58,8 @@ type owed struct {
 	spans []span      // touched by the holder of both turns of the flusher only
 }
 
-// forgetWith forgets spans, and what is owed, with a change of the header.
-func (d *Device) forgetWith(spans []span, change func(h *header)) error {
-	return d.flush.alone(d, func() error {
-		if d.saver.m == nil {
-			return nil
-		}
-		return d.forgetOwed(append(spans, d.owed.spans...), change)
-	})
-}
-
+// forgetOwed has the map forget spans, with a change of the header that may become
+// durable before them, or remembers them if there is no room.
 func (d *Device) forgetOwed(spans []span, change func(h *header)) error {
 	spans = merged(spans)
 	err := mayRetry(d.saver.m.forget(spans, func(h *header) {

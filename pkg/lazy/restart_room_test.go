@@ -28,10 +28,13 @@ func TestNoRoomForAChangeOfStateIsNotFinal(t *testing.T) {
 				if err := a.s.Flush(); err != nil {
 					t.Fatal(err)
 				}
-				was, writes := a.d.Epoch(), 0
+				was, writes, last, spare := a.d.Epoch(), 0, "", false
 				a.p.hook = func(op string) error {
+					before := last
+					last = op
 					if op == "write map" {
 						if writes++; writes-1 == n {
+							spare = before == "sync map" // the other copy of a header that is durable
 							return no
 						}
 					}
@@ -41,7 +44,7 @@ func TestNoRoomForAChangeOfStateIsNotFinal(t *testing.T) {
 				err := do()
 				fired := writes > n
 				a.p.hook = nil
-				if err == nil && (!fired && n == 0 || fired && n+1 < writes) {
+				if err == nil && (!fired && n == 0 || fired && !spare) {
 					t.Fatalf("%s: write %d of %d found no room, and it succeeded", what, n, writes)
 				}
 				if err != nil && (!NoRoom(err) || !errors.Is(err, no) || a.d.Epoch() != was || a.d.isLive.Load()) {
