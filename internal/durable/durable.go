@@ -143,11 +143,15 @@ func SyncDir(dir string) error {
 		return err
 	}
 	defer d.Close() // only read
-	err = d.Sync()
-	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
-		return nil
+	if err := d.Sync(); !noDirSync(err) {
+		return err
 	}
-	return err
+	return nil
+}
+
+// noDirSync reports whether a file system cannot sync a directory.
+func noDirSync(err error) bool {
+	return errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported)
 }
 
 // NoSpace reports whether err is a lack of space, inodes or quota.

@@ -102,3 +102,18 @@ func TestOnlyRegularFilesAreOpened(t *testing.T) {
 		require.Error(t, err)
 	}
 }
+
+// What a file system does not know is no failure: to sync a directory (SMB says
+// EINVAL), and to lock (some FUSE and network file systems) (faults H1, H3).
+func TestWhatAFileSystemCannotDoIsNoFailure(t *testing.T) {
+	for _, err := range []error{unix.EINVAL, unix.ENOTSUP, unix.EOPNOTSUPP, unix.ENOSYS} {
+		require.True(t, noDirSync(&fs.PathError{Op: "sync", Err: err}), err)
+	}
+	for _, err := range []error{unix.ENOSYS, unix.ENOLCK, unix.EOPNOTSUPP, unix.EBADF} {
+		require.True(t, noLocks(err), err)
+	}
+	for _, err := range []error{unix.EIO, unix.ENOSPC} {
+		require.False(t, noDirSync(err) || noLocks(err), err)
+	}
+	require.Error(t, SyncDir(filepath.Join(t.TempDir(), "none")))
+}

@@ -406,6 +406,9 @@ func (l *Ledger) Complete() error {
 		h := *e.state.Handoff
 		h.Taken, h.Complete = true, true
 		e.state.Handoff = &h
+		if e.watch.Unchanged(e.watch) {
+			e.state.Disk = e.watch
+		}
 		errs = append(errs, l.save(e), l.mark(e, &h, false))
 	}
 	l.finished = true
