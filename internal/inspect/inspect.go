@@ -44,6 +44,7 @@ type Report struct {
 	Logged     int64  `json:"logged"` // bytes
 	Runs       []Run  `json:"missing_runs"`
 	Problem    string `json:"problem,omitempty"` // why the disk cannot be the one of the map
+	HandedOff  *Owner `json:"handed_off,omitempty"`
 }
 
 // Of reads the map at path, of disk, and changes nothing.
@@ -104,6 +105,11 @@ func (r *Report) WriteJSON(w io.Writer) error {
 // WriteText writes the report in words.
 func (r *Report) WriteText(w io.Writer) error {
 	p := printer{w: w}
+	if r.State == stateHandedOff {
+		p.line("%s: no map: dest has not received it", r.Disk)
+		p.line("not safe: it was handed off: %s", r.HandedOff.text)
+		return p.err
+	}
 	p.line("%s: %s, blocks of %s, called %q by its source", r.Disk, units.Human(r.Size), units.Human(r.BlockSize), r.Name)
 	p.line("state: %s", r.State)
 	p.line("source: %s, generation %d", r.Source, r.Generation)
@@ -119,6 +125,8 @@ func (r *Report) WriteText(w io.Writer) error {
 		p.line("  missing: %d bytes at %d", run.Length, run.Offset)
 	}
 	switch {
+	case r.HandedOff != nil:
+		p.line("not safe: it was handed off: %s", r.HandedOff.text)
 	case r.Problem != "":
 		p.line("not safe: %s", r.Problem)
 	case r.InUse:

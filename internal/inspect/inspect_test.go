@@ -10,7 +10,9 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -174,4 +176,52 @@ func TestWhatIsNoMapIsRefused(t *testing.T) {
 	require.NoError(t, os.WriteFile(dir+"/b.raw.silo-nbd", []byte("somebody's"), 0o600))
 	_, err = Of(dir+"/b.raw", dir+"/b.raw.silo-nbd")
 	require.ErrorIs(t, err, lazy.ErrNotMap)
+}
+
+// A disk that was handed off is not safe to use, whatever its map says (fault A2).
+func TestDiskThatWasHandedOffIsNotSafe(t *testing.T) {
+	disk := filepath.Join(t.TempDir(), "vm.raw")
+	require.NoError(t, os.WriteFile(disk, make([]byte, 8192), 0o600))
+	_, err := Disk(disk, disk+".silo-nbd", "")
+	require.ErrorIs(t, err, os.ErrNotExist, "nothing is known of it")
+
+	f, err := sources.OpenFile(disk, sources.FileOptions{})
+	require.NoError(t, err)
+	defer f.Close()
+	l, err := identity.Open([]identity.Spec{{Disk: f, Name: "vm"}}, identity.Options{Live: true})
+	require.NoError(t, err)
+	require.NoError(t, l.Prepare(map[string]migrate.Owner{"vm": {Device: migrate.Device{7}}}))
+	require.NoError(t, l.HandOff())
+	require.NoError(t, l.Taken())
+	require.NoError(t, l.Close())
+
+	says := func() (*Report, string) {
+		r, err := Disk(disk, disk+".silo-nbd", "")
+		require.NoError(t, err)
+		require.False(t, r.Safe)
+		require.Equal(t, "07000000000000000000000000000000", r.HandedOff.Device)
+		require.True(t, r.HandedOff.Taken)
+		var b strings.Builder
+		require.NoError(t, r.WriteText(&b))
+		require.Contains(t, b.String(), "not safe: it was handed off: ")
+		require.Contains(t, b.String(), "belongs to device 07000000000000000000000000000000, which is live")
+		require.NotContains(t, b.String(), "can be used")
+		return r, b.String()
+	}
+	_, text := says()
+	require.Contains(t, text, "no map")
+
+	m, err := lazy.CreateMap(disk+".silo-nbd", lazy.Identity{Size: 8192, BlockSize: 4096})
+	require.NoError(t, err)
+	require.NoError(t, m.Close())
+	r, _ := says()
+	require.Equal(t, "standby", r.State)
+
+	require.NoError(t, os.WriteFile(disk+identity.Suffix, []byte("damaged"), 0o600))
+	r, err = Disk(disk, disk+".silo-nbd", "")
+	require.NoError(t, err)
+	require.Contains(t, r.Problem, "damaged")
+	require.NoError(t, os.Remove(disk+".silo-nbd"))
+	_, err = Disk(disk, disk+".silo-nbd", "")
+	require.ErrorContains(t, err, "damaged")
 }
