@@ -161,7 +161,10 @@ func (d *Destination) resume(s Spec) (disk *Disk, blank *sources.File, err error
 	if err != nil {
 		return nil, nil, err
 	}
-	f, err := sources.OpenFile(s.Path, sources.FileOptions{Partial: true})
+	// Others may read a disk that is complete, also while we open it.
+	i, err := lazy.InspectHeader(where)
+	complete := err == nil && i.State == lazy.MapComplete
+	f, err := sources.OpenFile(s.Path, sources.FileOptions{Partial: !complete})
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && unused:
 		return nil, nil, nil
