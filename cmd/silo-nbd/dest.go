@@ -17,6 +17,7 @@ type destFlags struct {
 	nbd       nbdFlag
 	readOnly  bool
 	stall     stallFlag
+	memory    memoryFlag
 	exit      bool
 	command   string
 	operate   operateFlags
@@ -70,6 +71,7 @@ before all is complete, since the disk would be of no use.`,
 	flags.Var(&f.stall, "stall", "what becomes of a client's read that waits for the source: it waits on, or fails with EIO after DURATION")
 	flags.BoolVar(&f.exit, "exit-when-complete", false, "end when all is complete and the last client has gone")
 	flags.StringVar(&f.command, "run", "", "run `COMMAND` by /bin/sh with $uri, and end when it has ended and all is complete")
+	f.memory.add(cmd)
 	f.wire.add(cmd)
 	f.operate.add(cmd)
 	f.format.add(cmd)
@@ -104,6 +106,9 @@ func (f *destFlags) check() ([]disks.Spec, error) {
 		return nil, usagef("--map: %w", err)
 	}
 	if err := f.wire.check(); err != nil {
+		return nil, err
+	}
+	if err := f.memory.check(); err != nil {
 		return nil, err
 	}
 	if err := f.operate.check(&f.wire); err != nil {

@@ -21,6 +21,7 @@ import (
 // liveFlags are those of a source whose disks are in use.
 type liveFlags struct {
 	nbd         nbdFlag
+	memory      memoryFlag
 	handoff     string
 	maxDowntime time.Duration
 	after       string
@@ -29,6 +30,7 @@ type liveFlags struct {
 func (l *liveFlags) add(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.Var(&l.nbd, "nbd", "serve the disks to the local virtual machine here while they move: host:port, unix:///path, or systemd[:NAME]")
+	l.memory.add(cmd)
 	flags.StringVar(&l.handoff, "handoff", "manual", "with --nbd: when the destination takes over, `manual` (by silo-nbd handoff) or auto (by itself, when little is left)")
 	flags.DurationVar(&l.maxDowntime, "max-downtime", migrate.DefaultMaxDowntime, "with --handoff auto: little is what travels in this time")
 	flags.StringVar(&l.after, "after", "keep", "with --nbd: what becomes of the disks here when all is complete, `keep` or remove")
@@ -50,6 +52,9 @@ func (l *liveFlags) check(w *wireFlags, control string) error {
 		return usagef("--max-downtime: %v: want more than 0, as in 300ms", l.maxDowntime)
 	case l.after != "keep" && l.after != "remove":
 		return usagef("--after: %q: want keep or remove", l.after)
+	}
+	if err := l.memory.check(); err != nil {
+		return err
 	}
 	return w.checkListener("--nbd", l.nbd.addrFlag)
 }

@@ -32,6 +32,7 @@ func (f *sourceFlags) openExport(ctx context.Context, disks []migrate.SourceDisk
 		return nil, err
 	}
 	options := nbdexport.Options{Log: c.log}
+	f.live.memory.apply(&options, c.log)
 	x := &liveExport{listener: ln, disks: disks, console: c, at: addr.Of(ln.Addr()), drained: make(chan struct{})}
 	if certs != nil {
 		options.TLS = certs.ServerConfig()

@@ -75,6 +75,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 		r.nbd = f.nbd.Named(r.nbd)
 	}
 	options := nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft, OnWait: r.waited, StallError: time.Duration(f.stall)}
+	f.memory.apply(&options, c.log)
 	if certs != nil {
 		options.TLS = certs.ServerConfig()
 	}
