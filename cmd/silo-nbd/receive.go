@@ -76,6 +76,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	}
 	options := nbdexport.Options{Log: c.log, OnDisconnect: r.clientLeft, OnWait: r.waited, StallError: time.Duration(f.stall)}
 	f.memory.apply(&options, c.log)
+	options.Expected, options.ExpectAny = expected(specs)
 	if certs != nil {
 		options.TLS = certs.ServerConfig()
 	}
@@ -124,6 +125,18 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	err = errors.Join(err, r.shutdown())
 	r.loops.Wait()
 	return err
+}
+
+// expected are the exports that are to come, for which clients may wait: any is the
+// only one, whose name the source says.
+func expected(specs []disks.Spec) (names []string, any bool) {
+	if len(specs) == 1 && !specs[0].Named {
+		return nil, true
+	}
+	for _, s := range specs {
+		names = append(names, s.Name)
+	}
+	return names, false
 }
 
 // open gives the disk that takes what the source announces.

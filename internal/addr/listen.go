@@ -44,6 +44,7 @@ func (a Addr) Listen(ctx context.Context) (net.Listener, error) {
 		return a.listenUnix(ctx, net.ListenConfig{})
 	}
 	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // its getsockname does not tell the zone of a link-local address
 	ln, err := lc.Listen(ctx, a.network, a.hostPort())
 	if err != nil {
 		return nil, fmt.Errorf("listen on %v: %w%s", a, reason(err), listenHint(err))

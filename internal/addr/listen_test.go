@@ -252,3 +252,36 @@ func TestListeningLooksWithoutConnecting(t *testing.T) {
 		require.False(t, is, text)
 	}
 }
+
+// A listener on a link-local address tells its zone, without which nobody can
+// connect to it (fault H8).
+func TestLinkLocalListenerTellsItsZone(t *testing.T) {
+	zoned := linkLocal(t)
+	ln, err := mustParse(t, net.JoinHostPort(zoned, "0")).Listen(t.Context())
+	require.NoError(t, err)
+	defer ln.Close()
+	at := Of(ln.Addr())
+	require.Equal(t, zoned, at.Host())
+	require.Contains(t, NBDURI(at, "vm"), strings.Replace(zoned, "%", "%25", 1))
+	conn, err := at.Dial(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
+}
+
+// linkLocal is a link-local address of this host, with its zone.
+func linkLocal(t *testing.T) string {
+	t.Helper()
+	all, err := net.Interfaces()
+	require.NoError(t, err)
+	for _, i := range all {
+		addrs, err := i.Addrs()
+		require.NoError(t, err)
+		for _, a := range addrs {
+			if ip, is := a.(*net.IPNet); is && ip.IP.To4() == nil && ip.IP.IsLinkLocalUnicast() {
+				return ip.IP.String() + "%" + i.Name
+			}
+		}
+	}
+	t.Skip("no interface of this host has a link-local IPv6 address")
+	return ""
+}

@@ -180,7 +180,9 @@ func (h *handshake) answer(opt uint32, data []byte) (*conn, error) {
 	case opt == optStructuredReply, opt == optExtendedHeaders:
 		h.headers(opt, data)
 	case opt == optListMetaContext, opt == optSetMetaContext:
-		h.metaContext(opt, data)
+		if err := h.metaContext(opt, data); err != nil {
+			return nil, err
+		}
 	default:
 		h.reject(opt, repErrUnsup, "option not known")
 	}

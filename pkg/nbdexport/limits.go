@@ -16,6 +16,8 @@ const (
 
 	handshakeTime = 10 * time.Second // for the whole handshake
 
+	maxHeld = 256 // clients that wait for exports that are to come
+
 	acceptPause    = 50 * time.Millisecond // before the next try when Accept fails, doubled up to maxAcceptPause
 	maxAcceptPause = time.Second
 	acceptTold     = time.Minute // how often that is logged

@@ -2,6 +2,7 @@ package nbdexport
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -18,7 +19,10 @@ func validName(s string) bool {
 func (h *handshake) exportName(name string) (*conn, error) {
 	var e *export
 	if validName(name) {
-		e = h.s.lookup(name)
+		var err error
+		if e, err = h.find(name); err != nil {
+			return nil, err
+		}
 	}
 	if e == nil {
 		return nil, fmt.Errorf("NBD_OPT_EXPORT_NAME: %w: no export %.64q", errRefused, name)
@@ -42,9 +46,11 @@ func (h *handshake) infoOrGo(opt uint32, data []byte) (*conn, error) {
 		h.reject(opt, repErrInvalid, "malformed option")
 		return nil, h.send()
 	}
-	e := h.s.lookup(name)
+	e, err := h.find(name)
 	if e == nil {
-		h.reject(opt, repErrUnknown, "no such export")
+		if err := h.notFound(opt, err); err != nil {
+			return nil, err
+		}
 		return nil, h.send()
 	}
 	if opt == optInfo {
@@ -67,6 +73,22 @@ func (h *handshake) infoOrGo(opt uint32, data []byte) (*conn, error) {
 	h.info(opt, e, wanted, c.flags)
 	h.reply(opt, repAck, nil)
 	return h.start(c)
+}
+
+// notFound answers an option for an export that there is not; err is why find gave
+// up. It returns an error if there is nobody to answer to.
+func (h *handshake) notFound(opt uint32, err error) error {
+	switch {
+	case err == nil:
+		h.reject(opt, repErrUnknown, "no such export")
+	case errors.Is(err, errClosed):
+		h.reject(opt, repErrShutdown, "server is shutting down")
+	case err == errCrowded:
+		h.reject(opt, repErrPolicy, "too many clients wait for exports that have not come yet")
+	default:
+		return err
+	}
+	return nil
 }
 
 // parseInfo takes the data of NBD_OPT_INFO and NBD_OPT_GO apart. What is
@@ -157,6 +179,11 @@ func (h *handshake) list(data []byte) {
 		b := binary.BigEndian.AppendUint32(nil, uint32(len(e.Name)))
 		b = append(b, e.Name...)
 		h.reply(optList, repServer, append(b, e.Description...))
+	}
+	for _, name := range h.s.expected() {
+		b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
+		b = append(b, name...)
+		h.reply(optList, repServer, append(b, "has not come yet: a client that attaches waits"...))
 	}
 	h.reply(optList, repAck, nil)
 }

@@ -7,27 +7,26 @@ import (
 )
 
 // metaContext answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
-func (h *handshake) metaContext(opt uint32, data []byte) {
+func (h *handshake) metaContext(opt uint32, data []byte) error {
 	if opt == optSetMetaContext {
 		h.meta = metaContexts{} // also when this one fails
 		if h.mode < modeStructured {
 			h.reject(opt, repErrInvalid, "structured replies have to be negotiated first")
-			return
+			return nil
 		}
 	}
 	name, queries, valid := parseMetaContext(data)
 	switch {
 	case !valid:
 		h.reject(opt, repErrInvalid, "malformed option")
-		return
+		return nil
 	case len(queries) > maxQueries:
 		h.reject(opt, repErrTooBig, "more queries than the server takes")
-		return
+		return nil
 	}
-	e := h.s.lookup(name)
+	e, err := h.find(name)
 	if e == nil {
-		h.reject(opt, repErrUnknown, "no such export")
-		return
+		return h.notFound(opt, err)
 	}
 	var chosen []string
 	for _, context := range e.store.contexts {
@@ -46,6 +45,7 @@ func (h *handshake) metaContext(opt uint32, data []byte) {
 	if opt == optSetMetaContext {
 		h.meta = metaContexts{export: e, names: chosen}
 	}
+	return nil
 }
 
 // contextID is how replies to NBD_CMD_BLOCK_STATUS call the i-th context chosen.

@@ -37,6 +37,11 @@ type Options struct {
 	// MaxConnections limits the connections, and as many again may be in their
 	// handshake, of which the oldest make room for others; 0 means 1024.
 	MaxConnections int
+	// Expected are the names of exports that are to come: a client that wants one
+	// before AddExport waits for it. ExpectAny is for one whose name is not known:
+	// whatever name a client wants, it waits until there is an export.
+	Expected  []string
+	ExpectAny bool
 	// OnConnect is called when a client has attached to an export. It must not
 	// block.
 	OnConnect func(export string)
@@ -58,6 +63,7 @@ var (
 	errRemoved = errors.New("export removed")
 	errFull    = errors.New("export has as many clients as it may have")
 	errHungUp  = errors.New("client has gone")
+	errCrowded = errors.New("too many clients wait for exports")
 )
 
 // Server serves exports to NBD clients. All methods may be called at any time
@@ -77,7 +83,9 @@ type Server struct {
 
 	mu sync.Mutex // before export.mu, before conn.mu
 	// Guarded by mu:
-	exports   []*export // by name
+	exports   []*export     // by name
+	added     chan struct{} // closed and made anew by AddExport
+	held      []*held       // clients that wait for an export
 	listeners map[net.Listener]struct{}
 	shaking   map[net.Conn]*crowd.Place // in the handshake
 	count     int                       // connections, the ones in the handshake too
@@ -87,7 +95,7 @@ type Server struct {
 // NewServer is a server without exports.
 func NewServer(o Options) *Server {
 	s := &Server{
-		o: o, log: o.Log, done: make(chan struct{}),
+		o: o, log: o.Log, done: make(chan struct{}), added: make(chan struct{}),
 		listeners: make(map[net.Listener]struct{}), shaking: make(map[net.Conn]*crowd.Place),
 	}
 	if s.log == nil {
@@ -118,6 +126,8 @@ func (s *Server) AddExport(e Export) error {
 		return fmt.Errorf("nbdexport: export %q is served already", e.Name)
 	}
 	s.exports = slices.Insert(s.exports, i, x)
+	close(s.added)
+	s.added = make(chan struct{})
 	return nil
 }
 
@@ -150,6 +160,10 @@ func (s *Server) RemoveExport(name string) error {
 func (s *Server) lookup(name string) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.lookupLocked(name)
+}
+
+func (s *Server) lookupLocked(name string) *export {
 	if i, found := slices.BinarySearchFunc(s.exports, name, byName); found {
 		return s.exports[i]
 	}
@@ -182,7 +196,7 @@ type Wait struct {
 	GivenUp         bool // it ends with EIO now
 }
 
-// Waits are the requests that wait for data.
+// Waits are the requests that wait for data, and clients that wait for an export.
 type Waits struct {
 	Count  int           // how many
 	Oldest time.Duration // how long the oldest has been waiting
@@ -193,6 +207,14 @@ type Waits struct {
 // Waits tells what waits now.
 func (s *Server) Waits() Waits {
 	var all Waits
+	s.mu.Lock()
+	for _, w := range s.held {
+		all.Count++
+		if waited := time.Since(w.since); waited >= all.Oldest {
+			all.Oldest, all.Export = waited, w.name
+		}
+	}
+	s.mu.Unlock()
 	for _, e := range s.list() {
 		for _, c := range e.clients() {
 			n, since, off := c.waits()
