@@ -11,13 +11,6 @@ import (
 )
 
 const (
-	// plainPatience is how long the background waits for the other side to say
-	// that it is one of ours, before it sends to it as to a plain Silo: data that
-	// goes out before has no checksum, and one of ours does not take it.
-	plainPatience = time.Second
-	// oursPatience is the same where there was one of ours before. It leaves a
-	// plain Silo, whose first word is the answer to data, time to say it.
-	oursPatience = greetTimeout / 2
 	// damageQuiet is how long nothing was damaged before the next time is told as
 	// something new, and damageLogEvery how often it is told if it does not stop.
 	damageQuiet    = 10 * time.Second
@@ -96,24 +89,14 @@ func (p *pump) again(s span) {
 	p.order.again(s)
 }
 
-// awaitPeer waits until the other side has said that it is one of ours. A plain
-// Silo never does: that is what one is taken for that says nothing for a moment,
-// or for long where there was one of ours before. One of ours that is taken for
-// a plain one refuses what it gets, and gets it again.
-func (p *pump) awaitPeer(ctx context.Context) error {
-	patience := plainPatience
-	if p.counts.ours.Load() {
-		patience = oursPatience
-	}
-	late := time.NewTimer(patience)
-	defer late.Stop()
+// awaitAdmission waits until data may be sent to the destination of this connection.
+func (p *pump) awaitAdmission(ctx context.Context) error {
 	select {
-	case <-p.to.PeerKnown():
-	case <-late.C:
+	case <-p.admitted:
+		return nil
 	case <-p.failed:
 		return p.err
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	return nil
 }

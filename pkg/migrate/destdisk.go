@@ -187,7 +187,9 @@ type arrivals struct {
 	from *protocol.FromProtocol
 	gone <-chan struct{} // closed when the connection has ended
 
-	epoch wire.Epoch // of the device, on this connection; zero for a plain source
+	epoch   wire.Epoch  // of the device, on this connection; zero for a plain source
+	written bool        // the source's disk is in use
+	refused func(error) // hears why the source refuses this side
 }
 
 // WriteAt lays down data that came. An error is answered, and the source sends
@@ -232,6 +234,15 @@ func (a *arrivals) HandleDamage() { a.disk.damage.note(a.disk.log, a.disk.name) 
 func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
 	switch ev.Type {
 	case wire.EventCompleted:
+	case wire.EventCustom:
+		if ev.CustomType == customRefused {
+			a.refused(refusalBy(ev.Payload))
+		}
+		answer(nil)
+		return
+	case wire.EventPreLock:
+		answer(a.lock())
+		return
 	case wire.EventPostLock:
 		answer(a.disk.withRoom(a.gone, func() error { return a.disk.goLive("the source has handed it off") }))
 		return

@@ -34,7 +34,7 @@ func (s *destSession) newDevice(p protocol.Protocol, dev uint32) {
 		a, err := s.accept(di, from)
 		if err != nil {
 			s.refuse(err)
-			from.Refuse(reason(di.Name, err))
+			from.RefuseWith(reason(di.Name, err), s.dest.ownership(di))
 			return nil
 		}
 		return a
@@ -67,6 +67,7 @@ func (s *destSession) accept(di *protocol.DevInfo, from *protocol.FromProtocol) 
 	if err != nil {
 		return nil, err
 	}
+	a.written = stillWritten(di)
 	if err := a.beginEpoch(di); err != nil {
 		return nil, err
 	}
@@ -76,8 +77,7 @@ func (s *destSession) accept(di *protocol.DevInfo, from *protocol.FromProtocol) 
 		}
 	}
 	if !fresh {
-		a.claim()
-		return a, nil
+		return a, a.resume(di)
 	}
 	s.dest.log.Info("receiving", "disk", disk.name, "bytes", disk.geo.size, "block", disk.geo.blockSize)
 	if err := s.dest.opts.Ready(disk.name, disk.dev); err != nil {
@@ -95,7 +95,7 @@ func (s *destSession) attach(disk *destDisk, from *protocol.FromProtocol) (*arri
 			return nil, fmt.Errorf("the source brings disk %q twice", disk.name)
 		}
 	}
-	a := &arrivals{disk: disk, from: from, gone: s.proto.Done(), Stream: disk.attach(from)}
+	a := &arrivals{disk: disk, from: from, gone: s.proto.Done(), refused: s.refuse, Stream: disk.attach(from)}
 	s.arrivals = append(s.arrivals, a)
 	return a, nil
 }

@@ -2,12 +2,10 @@ package migrate
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"io"
 	"log/slog"
 	"net"
-	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -259,46 +257,6 @@ func TestFailedFlushEndsTheDestination(t *testing.T) {
 		m.wg.Wait()
 		_ = dst.Close()
 		t.Log(log.String()[:min(900, log.Len())])
-	})
-}
-
-// a destination that comes anew gets no disk that an earlier one completed.
-func TestNewDestinationGetsEveryDisk(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, _ := testDisk(t, 64<<10, 1)
-		b, _ := testDisk(t, 4<<20, 2)
-		src := newSource(t, SourceOptions{Rate: 200 << 10, Listening: true}, SourceDisk{Name: "a", Store: a}, SourceDisk{Name: "b", Store: b})
-		w := newWires()
-		ctx, stop := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		wg.Go(func() { w.plugLoop(ctx) })
-		srcErr := make(chan error, 1)
-		wg.Go(func() { srcErr <- src.Run(ctx, from(w.src)) })
-
-		d1 := newDestination(t, DestinationOptions{Disks: 2, Listening: true}, memory)
-		c1, kill := context.WithCancel(ctx)
-		dead := make(chan struct{})
-		wg.Go(func() { _ = d1.Run(c1, from(w.dst)); close(dead) })
-		for src.Status()[0].State != StateComplete {
-			<-time.After(10 * time.Millisecond)
-		}
-		kill() // the destination dies; its user starts it again, with --overwrite
-		<-dead
-		_ = d1.Close()
-
-		d2 := newDestination(t, DestinationOptions{Disks: 2, Listening: true}, memory)
-		dstErr := make(chan error, 1)
-		wg.Go(func() { dstErr <- d2.Run(ctx, from(w.dst)) })
-		t.Log("source ended:", <-srcErr)
-		select {
-		case err := <-dstErr:
-			t.Log("destination ended:", err)
-		case <-time.After(24 * time.Hour):
-			t.Errorf("the source has ended well; a day later the destination still waits, and has %d of 2 disks", len(d2.Status()))
-		}
-		stop()
-		wg.Wait()
-		_ = d2.Close()
 	})
 }
 

@@ -293,7 +293,12 @@ func (l *liveSession) handOff(session context.Context) (done bool, err error) {
 	}
 	l.give()
 	err = l.each(session, func(ctx context.Context, c *line) error {
-		return c.to.SendEvent(ctx, &wire.Event{Type: wire.EventPostLock})
+		post := func() error { return c.to.SendEvent(ctx, &wire.Event{Type: wire.EventPostLock}) }
+		if err := c.disk.peer.step(post); err != nil {
+			return err
+		}
+		c.disk.peer.own(true)
+		return nil
 	})
 	if err != nil {
 		l.src.log.Warn("the connection broke in the handoff: the disks belong to the destination, which has only to connect again", "cause", err)
@@ -303,7 +308,7 @@ func (l *liveSession) handOff(session context.Context) (done bool, err error) {
 	for _, c := range l.lines {
 		c.order.handOver()
 	}
-	h.confirm()
+	l.src.noteTaken()
 	l.src.log.Info("handed off: the destination serves the disks now", "passes", l.pass,
 		"took", time.Since(began), "writes waited", time.Since(held), "left", left)
 	return true, nil
@@ -344,7 +349,9 @@ func (l *liveSession) prepare(ctx context.Context) error {
 	group.Go(func() error { return l.awaitLanded(both) })
 	group.Go(func() error {
 		return l.each(both, func(ctx context.Context, c *line) error {
-			if err := c.to.SendEvent(ctx, &wire.Event{Type: wire.EventPreLock}); err != nil {
+			// A step, so that a copy of the device from before is told apart.
+			lock := func() error { return c.to.SendEvent(ctx, &wire.Event{Type: wire.EventPreLock}) }
+			if err := c.disk.peer.step(lock); err != nil {
 				return err
 			}
 			return c.flush()
@@ -395,7 +402,8 @@ func (l *liveSession) unlock() {
 // give ends all service here.
 func (l *liveSession) give() {
 	for _, c := range l.lines {
-		c.disk.Live.give(c.owner)
+		c.disk.peer.own(false)
+		c.disk.Live.give(c.told.device())
 	}
 }
 
@@ -403,7 +411,7 @@ func (l *liveSession) give() {
 func (l *liveSession) owners() map[string]Owner {
 	to := make(map[string]Owner)
 	for _, c := range l.lines {
-		to[c.disk.Name] = Owner{Device: c.owner}
+		to[c.disk.Name] = c.disk.peer.owner()
 	}
 	return to
 }

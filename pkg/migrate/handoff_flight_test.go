@@ -88,7 +88,7 @@ func TestHandoffWaitsForABlockInFlight(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			tr, src, want := begin(t)
 			m := movePlain(t, src, &plainDestination{slow: slowest})
-			<-time.After(2 * plainPatience) // it is waited for before the first block
+			<-time.After(time.Second) // the first blocks are on their way
 			src.Resume()
 			<-time.After(slowest / 2)
 			change(t, tr, src, want)

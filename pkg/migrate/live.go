@@ -1,9 +1,9 @@
 package migrate
 
 import (
-	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"math"
 	"sync/atomic"
 	"time"
@@ -23,11 +23,43 @@ func (d *SourceDisk) live() error {
 	default:
 		return errors.New("its Tracker is for another storage")
 	}
+	return nil
+}
+
+// name gives a disk without an identity one for the life of this process: whether its
+// contents are still the same is not known of a later process, so no two have the
+// same name.
+func (d *SourceDisk) name() {
 	if d.Identity == (Identity{}) {
-		// What was copied from an earlier process is out of date. No two of them
-		// have the same name.
 		_, _ = rand.Read(d.Identity.UUID[:]) // never fails
 		d.Identity.Generation = 1
+	}
+}
+
+// record is where it is kept who has the disk.
+func (d *SourceDisk) record() *peerRecord {
+	if d.Live != nil {
+		return &d.Live.record
+	}
+	return new(peerRecord)
+}
+
+// recall takes from the ledger what is known of the destination.
+func (s *Source) recall() error {
+	for _, d := range s.disks {
+		owner, owned := s.opts.Ledger.Owner(d.Name)
+		switch {
+		case owned && d.stillWritten():
+			return fmt.Errorf("migrate: disk %s was handed off: it cannot be served here", d.Name)
+		case !owned && d.Live != nil && d.Live.HandedOff():
+			owner, owned = Owner{Device: d.Live.handedTo()}, true
+		}
+		if owned {
+			// How many of the last steps were made is not known.
+			d.peer.recall(LastPeer{Owner: owner, Met: true, Pending: 2}, true)
+		} else if last, ok := s.opts.Ledger.Peer(d.Name); ok {
+			d.peer.recall(LastPeer{Owner: last}, false)
+		}
 	}
 	return nil
 }
@@ -37,12 +69,15 @@ func (d *sourceDisk) stillWritten() bool { return d.Live != nil && !d.Live.Hande
 
 // extension is what we say of the disk beyond Silo.
 func (d *sourceDisk) extension() *wire.Extension {
-	e := &wire.Extension{Revision: wire.Revision, Identity: d.Identity}
+	last, owned := d.peer.get()
+	e := &wire.Extension{Revision: wire.Revision, Identity: d.Identity, Epoch: wire.Epoch{Now: last.Epoch}}
 	switch {
 	case d.stillWritten():
 		e.Live = true
-	case d.Live != nil:
-		e.Device = d.Live.handedTo()
+	case owned:
+		e.Device = last.Device
+	default:
+		e.Hold = true
 	}
 	return e
 }
@@ -73,40 +108,33 @@ func (s *Source) HandedOff() bool {
 	return live > 0 && gone == live
 }
 
-// takenLoop waits for the destination of a disk that was handed off on an
-// earlier connection: it answers DevInfo when the disk is live there.
-func (s *Source) takenLoop(ctx context.Context, c *line) error {
-	if c.disk.Live == nil || c.disk.stillWritten() {
-		return nil
-	}
-	select {
-	case <-c.to.PeerKnown():
-		s.taken(c.disk)
-	case <-ctx.Done():
-	}
-	return nil
-}
-
-// taken notes that the disk, if it was handed off, is live at the destination.
-func (s *Source) taken(d *sourceDisk) {
-	if d.Live == nil || d.stillWritten() {
-		return
-	}
-	d.mu.Lock()
-	d.taken = true
-	d.mu.Unlock()
+// noteTaken makes it durable that the disks that were handed off are live at the
+// destination, when all of them are.
+func (s *Source) noteTaken() {
+	gone := 0
 	for _, d := range s.disks {
-		if d.Live != nil && !d.isTaken() {
+		last, owned := d.peer.get()
+		if owned && !last.Taken {
 			return
 		}
+		if owned {
+			gone++
+		}
 	}
-	s.hand.confirm()
-}
-
-func (d *sourceDisk) isTaken() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.taken
+	if gone == 0 {
+		return
+	}
+	if s.HandedOff() {
+		s.hand.confirm()
+	}
+	if s.takenNoted.Load() {
+		return
+	}
+	if err := s.opts.Ledger.Taken(); err != nil {
+		s.log.Warn("it cannot be noted that the disks are in use at the destination: it will be tried again on the next connection", "error", err)
+		return
+	}
+	s.takenNoted.Store(true)
 }
 
 // passes is how far the passes of the live disks are.

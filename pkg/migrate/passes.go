@@ -2,11 +2,9 @@ package migrate
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 )
@@ -30,7 +28,9 @@ type line struct {
 	order *order
 	to    *protocol.ToProtocol
 	pump  *pump
-	owner Device // the destination's device; set by liveSession.meet
+	// Set by admission:
+	told     told // what the destination says of the device that the disk comes to
+	extended bool // it is one of ours
 }
 
 // flush makes durable what clients wrote.
@@ -48,12 +48,19 @@ func (c *line) takeBack(ctx context.Context, asked bool) error {
 	if len(list) == 0 {
 		return nil
 	}
-	if err := c.to.SendDirtyList(ctx, uint32(c.disk.geo.blockSize), list); err != nil {
-		return err
+	for part := range slices.Chunk(list, maxListed) {
+		err := c.disk.peer.step(func() error { return c.to.SendDirtyList(ctx, uint32(c.disk.geo.blockSize), part) })
+		if err != nil {
+			return err
+		}
 	}
 	c.order.listed(list)
 	return nil
 }
+
+// maxListed is how many blocks a DirtyList names at most, so that it travels in one
+// packet and is one step.
+const maxListed = 1 << 18
 
 // liveSession moves the live disks over one connection, in passes, until they
 // are handed off. Its fields are used by passLoop alone.
@@ -75,18 +82,11 @@ type liveSession struct {
 
 // each does something for every line at the same time.
 func (l *liveSession) each(ctx context.Context, do func(ctx context.Context, c *line) error) error {
-	group, ctx := errgroup.WithContext(ctx)
-	for _, c := range l.lines {
-		group.Go(func() error { return do(ctx, c) })
-	}
-	return group.Wait()
+	return each(ctx, l.lines, do)
 }
 
 // passLoop sends pass after pass until the disks are handed off.
 func (l *liveSession) passLoop(ctx context.Context) error {
-	if err := l.meet(ctx); err != nil {
-		return err
-	}
 	h := l.src.hand
 	h.attach(true)
 	defer h.attach(false)
@@ -108,33 +108,6 @@ func (l *liveSession) passLoop(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// errOldPeer says that the destination would use the disks at once. It ends the
-// connection, and another destination may come.
-var errOldPeer = errors.New("the destination knows no live source: use the same version of silo-nbd on both sides, or stop the virtual machine and move the disks frozen")
-
-// meet learns who the destination is. An empty DirtyList is answered behind all
-// claims, and behind the answer to DevInfo, if the destination gives one.
-func (l *liveSession) meet(ctx context.Context) error {
-	return l.each(ctx, func(ctx context.Context, c *line) error {
-		if err := c.to.SendDirtyList(ctx, uint32(c.disk.geo.blockSize), nil); err != nil {
-			return err
-		}
-		ext, extended := c.to.Peer()
-		switch {
-		case !extended:
-			c.owner = unnamed
-			c.disk.Live.meetPlain()
-		case ext.Device == Device{}:
-			return errOldPeer
-		default:
-			c.owner = ext.Device
-			c.disk.Live.meet(ext.Device)
-			c.order.learned()
-		}
-		return nil
-	})
 }
 
 // step does what there is to do. done says that the disks were handed off.

@@ -123,6 +123,9 @@ var peerDoes = map[string]func(t *testing.T, c *calls){
 func TestNothingThatAPeerDoesEndsASourceThatListensOrIsLive(t *testing.T) {
 	for what, does := range peerDoes {
 		for _, kind := range []string{"frozen, listens", "live, listens", "live, connects"} {
+			if what == "cannot write its disk" && kind == "frozen, listens" {
+				continue // it has taken the disk, and no other one is the owner (fault A4)
+			}
 			t.Run(what+"; "+kind, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) { survivePeer(t, kind, does) })
 			})

@@ -64,6 +64,8 @@ type pump struct {
 	greeted      func()        // called for every answer
 	toldFull     time.Time     // when the log was told that the destination is full; bulkLoop's
 
+	admitted chan struct{} // closed by admission: data may be sent
+
 	failOnce sync.Once
 	failed   chan struct{} // closed after err is set
 	err      error         // why the disk cannot be moved; read only after failed
@@ -74,7 +76,6 @@ type counters struct {
 	sent   atomic.Int64 // bytes of data packets
 	asked  atomic.Int64 // of these, in packets that somebody waits for
 	damage damage
-	ours   atomic.Bool  // the other side is one of ours, not a plain Silo
 	taken  atomic.Int64 // packets that were acknowledged
 }
 
@@ -84,6 +85,7 @@ func newPump(disk SourceDisk, o *order, to sender, w *window, l *throttle, c *co
 		demandSlots:  make(chan struct{}, demandPackets),
 		demandLanded: make(chan struct{}, 1),
 		holes:        make(chan struct{}, zeroSlots),
+		admitted:     make(chan struct{}),
 		failed:       make(chan struct{}),
 	}
 	p.flights.New = func() any { return &flight{pump: p} }
@@ -108,7 +110,6 @@ func (p *pump) upgradeLoop(ctx context.Context) error {
 		return nil
 	}
 	p.greeted()
-	p.counts.ours.Store(true)
 	bs := p.order.geo.blockSize
 	p.runBytes.Store(max(bs, min(int64(ext.MaxData), maxPacket)/bs*bs))
 	p.window.setMaxPackets(bulkPackets)
@@ -120,7 +121,7 @@ func (p *pump) upgradeLoop(ctx context.Context) error {
 
 // bulkLoop sends the background until ctx is done or the disk fails.
 func (p *pump) bulkLoop(ctx context.Context) error {
-	if err := p.awaitPeer(ctx); err != nil {
+	if err := p.awaitAdmission(ctx); err != nil {
 		return err
 	}
 	defer p.limit.leave()
@@ -324,6 +325,9 @@ func (p *pump) waitRate(ctx context.Context, delayed time.Duration) (held bool, 
 
 // demandLoop sends what is asked for until ctx is done or the disk fails.
 func (p *pump) demandLoop(ctx context.Context) error {
+	if err := p.awaitAdmission(ctx); err != nil {
+		return err
+	}
 	r := p.newReader()
 	for {
 		s, ok := p.order.nextUrgent(max(1, p.runBytes.Load()/p.order.geo.blockSize))

@@ -108,7 +108,7 @@ func TestSourceThatChangedIsRefused(t *testing.T) {
 	src := newSource(t, SourceOptions{Rate: 10 << 10, Listening: true}, SourceDisk{Name: "disk", Store: store, Identity: id})
 	first := r.destination(t, ready)
 	m := migrate(t, src, &destination{Destination: first}, newWires())
-	<-ready
+	<-(<-ready).Live()
 	m.stop()
 	m.end()
 	require.NoError(t, first.Close())

@@ -33,7 +33,8 @@ type SourceDisk struct {
 	// off already is as frozen.
 	Live *Tracker
 	// Identity tells the destination after a restart of either side whether this
-	// is still the disk of which it has a part. Zero: it cannot tell.
+	// is still the disk of which it has a part. Zero: it gets one for the life of the
+	// Source.
 	Identity Identity
 	// Changed returns what was done to the disk, which must not be written, since its
 	// Identity was taken; nil if it is as it was. It is called on each connection,
@@ -97,7 +98,8 @@ type Source struct {
 	path  atomic.Pointer[window] // of the present connection; nil: there is none
 	hand  *hand
 
-	lines lineBudget // for what those who connect to us can have logged
+	lines      lineBudget  // for what those who connect to us can have logged
+	takenNoted atomic.Bool // the ledger knows that the owners are live
 
 	served  bool // a destination has taken the disks; only Run's goroutine uses it
 	metOnce sync.Once
@@ -112,6 +114,7 @@ type sourceDisk struct {
 	geo    geometry
 	counts counters
 	rate   speed // of what clients write
+	peer   *peerRecord
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -119,7 +122,6 @@ type sourceDisk struct {
 	connected  bool
 	reconnects int
 	complete   bool // the destination has said that it has everything
-	taken      bool // the destination of a disk that was handed off has said so
 	err        error
 	errRank    int // of err, as rankOf has it, if it is of this connection; else 0
 }
@@ -142,6 +144,7 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 		if err := d.live(); err != nil {
 			return nil, fmt.Errorf("migrate: disk %s: %w", d.Name, err)
 		}
+		d.name()
 		geo, err := newGeometry(int64(d.Store.Size()), opts.BlockSize)
 		if err != nil {
 			return nil, fmt.Errorf("migrate: disk %s: %w", d.Name, err)
@@ -150,14 +153,20 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 			return nil, fmt.Errorf("migrate: two disks are called %q: give one another name", d.Name)
 		}
 		names[d.Name] = true
-		s.disks = append(s.disks, &sourceDisk{SourceDisk: d, geo: geo, order: newOrder(geo)})
+		s.disks = append(s.disks, &sourceDisk{SourceDisk: d, geo: geo, order: newOrder(geo), peer: d.record()})
+	}
+	if opts.Ledger == nil {
+		s.opts.Ledger = new(noLedger)
+	}
+	if err := s.recall(); err != nil {
+		return nil, err
 	}
 	s.limit = newThrottle(opts.BlockSize, opts.Rate)
 	gone, live := s.handedOff()
 	if gone > 0 && gone < live {
 		return nil, fmt.Errorf("migrate: %d of %d disks were handed off: they belong together", gone, live)
 	}
-	s.hand = newHand(opts.Ledger, opts.AutoHandoff, gone > 0)
+	s.hand = newHand(s.opts.Ledger, opts.AutoHandoff, gone > 0)
 	return s, nil
 }
 
@@ -333,6 +342,7 @@ func (s *Source) moveAll(ctx context.Context, conn *caller) error {
 			return err
 		})
 	}
+	run(func() error { return (&admission{src: s, lines: lines}).run(ctx) })
 	var moving sync.WaitGroup
 	moving.Add(len(lines))
 	moved := make(chan struct{})
@@ -344,7 +354,12 @@ func (s *Source) moveAll(ctx context.Context, conn *caller) error {
 		run(func() error { return s.watchLoop(ctx, moved) })
 	}
 	if len(live.lines) > 0 {
-		run(func() error { return live.passLoop(ctx) })
+		run(func() error {
+			if err := live.lines[0].pump.awaitAdmission(ctx); err != nil { // all are admitted together
+				return err
+			}
+			return live.passLoop(ctx)
+		})
 	}
 	_ = group.Wait() // its first error may be what another one's end of the connection caused
 	return s.classify(why.first())
@@ -413,22 +428,24 @@ func (s *Source) move(ctx context.Context, c *line) error {
 	loops.Go(func() error { return c.pump.upgradeLoop(ctx) })
 	loops.Go(func() error { return c.pump.bulkLoop(ctx) })
 	loops.Go(func() error { return c.pump.demandLoop(ctx) })
-	loops.Go(func() error { return s.takenLoop(ctx, c) })
 	loops.Go(func() error { s.first(ctx, c); return nil })
-	loops.Go(func() error { return d.finish(ctx, c.order, c.to) })
+	loops.Go(func() error { return d.finish(ctx, c) })
 	if err := loops.Wait(); err != nil && !errors.Is(err, errMoved) {
 		err = c.pump.cause(err)
 		d.note(err)
 		return err
 	}
-	s.taken(d)
 	s.log.Info("complete", "disk", d.Name, "sent", d.counts.sent.Load())
 	return nil
 }
 
 // finish waits until every block is settled, says Completed, and returns
 // errMoved when the destination has agreed.
-func (d *sourceDisk) finish(ctx context.Context, o *order, to *protocol.ToProtocol) error {
+func (d *sourceDisk) finish(ctx context.Context, c *line) error {
+	if err := c.pump.awaitAdmission(ctx); err != nil {
+		return err
+	}
+	o, to := c.order, c.to
 	for !o.settled() {
 		select {
 		case <-o.settledC:

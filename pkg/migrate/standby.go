@@ -66,12 +66,18 @@ func stillWritten(di *protocol.DevInfo) bool {
 }
 
 // awaitsPostLock reports whether the device stays in standby until EventPostLock: the
-// source's disk is being written, or the source has to note first that this device
-// is the owner. A plain Silo source and one before wire.RevisionEpoch
+// source's disk is being written, or the source has to note or to check first that
+// this device is the owner. A plain Silo source and one before wire.RevisionEpoch
 // give a frozen disk away by announcing it.
 func awaitsPostLock(di *protocol.DevInfo) bool {
 	ext := di.Extension
-	return ext != nil && (ext.Live || ext.Hold)
+	switch {
+	case ext == nil:
+		return false
+	case ext.Live, ext.Hold:
+		return true
+	}
+	return ext.Revision >= wire.RevisionEpoch && ext.Device != (Device{})
 }
 
 // beginEpoch draws the epoch of this connection, which is durable before anything is
@@ -90,6 +96,67 @@ func (a *arrivals) beginEpoch(di *protocol.DevInfo) error {
 	}
 	a.epoch = wire.Epoch{Now: e.Now, Before: e.Before, Steps: e.Steps}
 	return nil
+}
+
+// lock notes durably that the source prepares a handoff: a copy of the device that was
+// made before does not know it, and is told apart.
+func (a *arrivals) lock() error {
+	if !a.written || a.disk.isLive() {
+		return nil // it is a question, or what a plain Silo says before it looks for dirty blocks
+	}
+	if err := a.disk.withRoom(a.gone, a.disk.dev.Step); err != nil {
+		return fmt.Errorf("disk %q: the handoff cannot be noted: %w", a.disk.name, err)
+	}
+	return nil
+}
+
+// refusalBy is why the source ends the connection, in its words.
+func refusalBy(text []byte) error {
+	return fmt.Errorf("the source refuses this destination: %s", protocol.OneLine(string(text)))
+}
+
+// resume tells the source what is here already, so that only the rest travels. Of a
+// plain Silo source only what was written here: it has written its disk since the last
+// connection, or is another one, and has no word for it (trap I12).
+func (a *arrivals) resume(di *protocol.DevInfo) error {
+	if di.Extension == nil && !a.disk.complete.Load() {
+		var n int64
+		err := a.disk.withRoom(a.gone, func() (err error) {
+			n, err = a.disk.dev.ForgetFetched()
+			return err
+		})
+		if err != nil {
+			return &localError{fmt.Errorf("disk %q: %w", a.disk.name, err)}
+		}
+		if n > 0 {
+			a.disk.log.Warn("a plain Silo source does not say what it has changed since: what had come from it is fetched again",
+				"disk", a.disk.name, "bytes", n)
+		}
+	}
+	a.claim()
+	return nil
+}
+
+// ownership is what a source whose disk is refused should know: that the device of
+// that disk is live here, so that the disk is not the source's any more. The zero value
+// says nothing.
+func (d *Destination) ownership(di *protocol.DevInfo) (ext wire.Extension) {
+	d.mu.Lock()
+	disk := d.byName[di.Name]
+	d.mu.Unlock()
+	if disk == nil || di.Extension == nil || !disk.isLive() {
+		return ext
+	}
+	disk.mu.Lock()
+	id := disk.id
+	disk.mu.Unlock()
+	if id.UUID == ([16]byte{}) || id.UUID != di.Extension.Identity.UUID {
+		return ext
+	}
+	e := disk.dev.Epoch()
+	ext.Live, ext.Device, ext.Identity = true, disk.device, id
+	ext.Epoch = wire.Epoch{Now: e.Now, Before: e.Before, Steps: e.Steps}
+	return ext
 }
 
 // elsewhere says that the source has handed the disk off, and not to device.

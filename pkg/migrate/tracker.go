@@ -45,15 +45,8 @@ type Tracker struct {
 	// Guarded by mu:
 	opened chan struct{} // closed when the present hold ends; nil: none
 	owner  Device        // to whom the disk was handed off
-	peer   peer          // whose blocks the dirt is about
-}
 
-// peer says for which destination it is known what has changed since it was
-// sent there.
-type peer struct {
-	device  Device
-	known   bool // device is that one; else a plain Silo one was there, or none
-	started bool // something was sent to somebody
+	record peerRecord // for which destination it is known what has changed since it was sent there
 }
 
 const (
@@ -282,24 +275,11 @@ func (t *Tracker) track(geo geometry) *dirt {
 	return t.dirt.Load()
 }
 
-// meet notes that the destination's device of this connection is device. What
-// is not dirty is what has not changed since it was sent, to the one that was
-// there before: for another one everything is dirty.
-func (t *Tracker) meet(device Device) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if d := t.dirt.Load(); d != nil && t.peer.started && (!t.peer.known || t.peer.device != device) {
+// markAll makes all of the disk dirty.
+func (t *Tracker) markAll() {
+	if d := t.dirt.Load(); d != nil {
 		d.markAll()
 	}
-	t.peer = peer{device: device, known: device != (Device{}), started: true}
-}
-
-// meetPlain notes that the destination of this connection cannot be told from
-// another.
-func (t *Tracker) meetPlain() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.peer = peer{started: true}
 }
 
 func (t *Tracker) handedTo() Device {

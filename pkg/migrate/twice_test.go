@@ -18,7 +18,8 @@ import (
 
 // TestSameDiskConnectsTwiceAtOnce is trap P8: two sources with the same UUID. One
 // at a time feeds the disk; the other waits, takes over when the first is cut
-// off, and sends only what is missing then.
+// off, and sends only what is missing then. The first finds the device in a state
+// that it does not know, and says no more that all is there.
 func TestSameDiskConnectsTwiceAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 8 << 20
@@ -50,7 +51,7 @@ func TestSameDiskConnectsTwiceAtOnce(t *testing.T) {
 		ended := make(chan error, 1)
 		wg.Go(func() { ended <- dst.Run(ctx, from(calls)) })
 		<-dst.ready
-		cuts, served := 0, make(map[int]bool)
+		cut, served := -1, make(map[int]bool)
 		for len(ended) == 0 {
 			<-time.After(2 * time.Second)
 			synctest.Wait()
@@ -63,8 +64,8 @@ func TestSameDiskConnectsTwiceAtOnce(t *testing.T) {
 			}
 			require.LessOrEqual(t, len(feeding), 1, "one at a time")
 			for _, i := range feeding { // not above: the other one takes over at once
-				if cuts < 2 {
-					cuts++
+				if cut < 0 {
+					cut = i
 					_ = conns[i][len(conns[i])-1].Close()
 				}
 			}
@@ -75,6 +76,8 @@ func TestSameDiskConnectsTwiceAtOnce(t *testing.T) {
 		sent := srcs[0].Status()[0].BytesSent + srcs[1].Status()[0].BytesSent
 		require.Less(t, sent, int64(size+size/4), "what was there was not sent again")
 		require.NoError(t, <-errs, "the one that has heard that it is complete")
+		require.Equal(t, StateComplete, srcs[1-cut].Status()[0].State)
+		require.NotEqual(t, StateComplete, srcs[cut].Status()[0].State)
 		stop()
 		require.ErrorIs(t, <-errs, context.Canceled)
 		wg.Wait()

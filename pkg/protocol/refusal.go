@@ -39,13 +39,13 @@ func (f *FromProtocol) Refuse(reason string) {
 // would have come to: ext holds Live, Device, Epoch and Identity as far as the
 // source should know them.
 func (f *FromProtocol) RefuseWith(reason string, ext wire.Extension) {
-	ext.Revision, ext.Refused = wire.Revision, oneLine(reason)
+	ext.Revision, ext.Refused = wire.Revision, OneLine(reason)
 	f.in.refusal = ext
 }
 
-// oneLine makes text that may have come from anywhere fit for a line of a log
+// OneLine makes text that may have come from anywhere fit for a line of a log
 // and for the wire.
-func oneLine(s string) string {
+func OneLine(s string) string {
 	s = strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {
 			return r

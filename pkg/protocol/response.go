@@ -94,7 +94,7 @@ func (p *ProtocolRW) finishCall(c *call, command wire.Command, n uint32) error {
 			return err
 		}
 		if m.Extension.Refused != "" {
-			p.end(&RefusedError{Dev: c.dev, Reason: oneLine(m.Extension.Refused), Peer: m.Extension})
+			p.end(&RefusedError{Dev: c.dev, Reason: OneLine(m.Extension.Refused), Peer: m.Extension})
 			return p.closedErr()
 		}
 		c.to.peerAnswered(m.Extension)
