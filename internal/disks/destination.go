@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -176,7 +177,7 @@ func (d *Destination) Open(a migrate.Announcement) (*Disk, error) {
 	if disk.Map, err = makeMap(spec, disk.IsBlockDevice(), a); err != nil {
 		return nil, errors.Join(err, disk.File.Close())
 	}
-	if err := disk.begin(); err != nil {
+	if err := disk.begin(spec); err != nil {
 		return nil, errors.Join(err, disk.Close())
 	}
 	return disk, nil
@@ -208,15 +209,19 @@ func (d *Destination) makeDisk(spec Spec, a migrate.Announcement) (_ *Disk, err 
 		return nil, err
 	}
 	disk.KnownZero = disk.Created()
-	return disk, disk.begin()
+	return disk, disk.begin(spec)
 }
 
-// begin ties a disk to the map that was just made for it.
-func (d *Disk) begin() error {
-	if d.Map == nil {
-		return nil
+// begin ties a disk to the map that was just made for it. What was noted of the contents
+// that it had ends with them, once the disk says that it is not whole.
+func (d *Disk) begin(s Spec) error {
+	if d.Map != nil {
+		err := d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path()}, lazy.Mark{})
+		if err != nil {
+			return err
+		}
 	}
-	return d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path()}, lazy.Mark{})
+	return identity.EndNote(d.File, s.State)
 }
 
 // existing is the disk at spec that is to take size bytes, if there is one.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
@@ -205,7 +206,21 @@ func (d *Destination) admit(s Spec, disk *Disk) error {
 	if err := d.whose(s, disk); err != nil {
 		return err
 	}
-	return disk.bind(d.moved, nil)
+	return disk.bind(s, d.moved)
+}
+
+// ours refuses a disk that this host has handed off since it was complete. What is noted
+// of one that is not whole is of contents before: those could have been handed off, this
+// part of a disk could not.
+func (d *Disk) ours(s Spec) error {
+	if d.Map.State() != lazy.MapComplete {
+		return identity.EndNote(d.File, s.State)
+	}
+	note, err := identity.NoteAt(d.File, s.State)
+	if err != nil || note == nil {
+		return err
+	}
+	return fmt.Errorf("%w; nothing was changed: use it there, or, to receive it again, begin anew with --overwrite", note.Err())
 }
 
 // neverUsed reports whether a map was made, and nothing after that: neither was a disk

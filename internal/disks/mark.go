@@ -69,8 +69,7 @@ func (m *mark) value() (v lazy.Mark) {
 type backing struct {
 	file   *sources.File
 	device lazy.UUID
-	where  string       // of the map
-	ended  func() error // called when the disk has become complete; nil: nothing
+	where  string // of the map
 }
 
 var _ lazy.Backing = (*backing)(nil)
@@ -99,9 +98,6 @@ func (b *backing) SetMark(v lazy.Mark, state lazy.MapState) error {
 	}
 	if err == nil {
 		err = b.file.SyncXattr()
-	}
-	if m.Complete && b.ended != nil {
-		err = errors.Join(err, b.ended())
 	}
 	return err
 }

@@ -12,7 +12,7 @@ import (
 
 // bind ties a disk to its map, once it is known to be the right one. With moved an
 // operator says that it is, whatever its name and times say.
-func (d *Disk) bind(moved bool, ended func() error) error {
+func (d *Disk) bind(s Spec, moved bool) error {
 	is, err := readMark(d.File)
 	if err != nil {
 		return err
@@ -21,11 +21,7 @@ func (d *Disk) bind(moved bool, ended func() error) error {
 	if err != nil {
 		return err
 	}
-	if moved && wrong != "" && d.Map.State() != lazy.MapComplete {
-		if err := d.Map.SetCompare(true); err != nil {
-			return err
-		}
-	}
+	vouched := moved && wrong != "" && d.Map.State() != lazy.MapComplete
 	if wrong == "" || moved {
 		// What the disk holds is not a matter of where it lies.
 		complete := d.Map.State() == lazy.MapComplete
@@ -36,7 +32,15 @@ func (d *Disk) bind(moved bool, ended func() error) error {
 	if wrong != "" {
 		return d.refuse(wrong, moved)
 	}
-	return d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path(), ended: ended}, is.value())
+	if err := d.ours(s); err != nil {
+		return err
+	}
+	if vouched {
+		if err := d.Map.SetCompare(true); err != nil {
+			return err
+		}
+	}
+	return d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path()}, is.value())
 }
 
 // refuse says that a disk is not the one of its map, and the ways out.
