@@ -3,7 +3,9 @@ package lazy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"math"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
@@ -137,7 +139,9 @@ func (d *Device) ZeroAtContext(ctx context.Context, off, length int64, punch boo
 		if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
 			return err
 		}
-		return d.put(fill{punch: punch}, off, off+length)
+		return d.eachChunk(ctx, off, off+length, func(off, end int64) error {
+			return d.put(fill{punch: punch}, off, end)
+		})
 	}
 	return d.change(ctx, fill{punch: punch}, off, length)
 }
@@ -163,15 +167,16 @@ func (d *Device) FastZeroAtContext(ctx context.Context, off, length int64, punch
 	if !d.isLive.Load() {
 		return errors.ErrUnsupported
 	}
-	if _, _, ok := d.loneEdge(off, off+length); !ok && length > 0 {
+	if _, _, ok := d.waitsFor(f, off, off+length); !ok && length > 0 {
 		return errors.ErrUnsupported
 	}
 	return d.change(ctx, f, off, length)
 }
 
 // TrimAtContext gives [off, off+length) back: what lies in whole sectors of it
-// reads as zeroes afterwards, the rest is left alone. It never waits for the
-// source.
+// reads as zeroes afterwards, the rest is left alone. Once the device is complete the
+// disk is told instead, and what the range reads as is not defined. It never waits for
+// the source.
 func (d *Device) TrimAtContext(ctx context.Context, off, length int64) error {
 	if err := storage.CheckRange(off, length, uint64(d.size)); err != nil {
 		return err
@@ -184,7 +189,48 @@ func (d *Device) TrimAtContext(ctx context.Context, off, length int64) error {
 	if off >= end {
 		return nil
 	}
+	f := fill{punch: true, trim: true}
+	if !d.direct.Load() {
+		return d.change(ctx, f, off, end-off)
+	}
+	if t, ok := d.disk.(storage.Trimmer); ok { // no bit depends on what it reads as
+		return d.eachChunk(ctx, off, end, func(off, end int64) error {
+			if err := t.TrimAt(off, end-off); err != nil {
+				return ioError("trim", end-off, off, err)
+			}
+			return nil
+		})
+	}
 	return d.ZeroAtContext(ctx, off, end-off, true)
+}
+
+// eachChunk calls do for the pieces of [off, end), until it fails, ctx ends or the
+// device is closed.
+func (d *Device) eachChunk(ctx context.Context, off, end int64, do func(off, end int64) error) error {
+	for off < end {
+		if err := d.over(ctx); err != nil {
+			return err
+		}
+		next := min(end, off-off%zeroChunk+zeroChunk)
+		if err := do(off, next); err != nil {
+			return err
+		}
+		off = next
+	}
+	return nil
+}
+
+// over is why a long change must not go on: its caller has gone, or the device is
+// being closed.
+func (d *Device) over(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return fmt.Errorf("lazy: given up: %w", context.Cause(ctx))
+	case <-d.closing:
+		return ErrClosed
+	default:
+		return nil
+	}
 }
 
 // SyncContext returns when every write that was answered before the call, to
@@ -248,6 +294,9 @@ func (d *Device) changeAll(ctx context.Context, f fill, off, end int64) error {
 		next := end
 		if f.p == nil {
 			next = min(end, (off/d.blockSize+max(1, zeroChunk/d.blockSize))*d.blockSize)
+			if err := d.over(ctx); err != nil && off > start {
+				return err
+			}
 		}
 		err := d.changeRun(ctx, f, off, next)
 		if f.fast && off > start && errors.Is(err, errors.ErrUnsupported) {
@@ -273,9 +322,12 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 	}
 	for {
 		c := d.claims.acquire(lo, hi)
-		from, to, ok := d.loneEdge(off, end)
+		from, to, ok := d.waitsFor(f, off, end)
 		if ok {
 			err := d.overwrite(f, off, end)
+			if err == nil {
+				err = d.recallEdges(off, end)
+			}
 			if err == nil {
 				d.publishWritten(off, end)
 			} else if !f.fast || !errors.Is(err, errors.ErrUnsupported) { // that changes nothing
@@ -285,10 +337,41 @@ func (d *Device) changeRun(ctx context.Context, f fill, off, end int64) error {
 			return err
 		}
 		d.claims.release(c) // never held over a wait
+		switch {
+		case f.fast:
+			return errors.ErrUnsupported
+		case f.trim: // all but that block
+			if from > off {
+				end = from
+			} else if off = min(to, end); off == end {
+				return nil
+			}
+			lo, hi = d.span(off, end)
+			continue
+		}
 		if err := d.waitReadable(ctx, from, to); err != nil {
 			return err
 		}
 	}
+}
+
+// waitsFor finds what has to be on the disk before f can be written to [off, end):
+// the sector at an edge that lies inside it, or a block that is written in part and
+// can have no mask. The caller holds the claim of the blocks. ok reports that there is
+// nothing.
+func (d *Device) waitsFor(f fill, off, end int64) (from, to int64, ok bool) {
+	if from, to, ok = d.loneEdge(off, end); !ok || f.redo || d.state.partial.limit == math.MaxInt64 {
+		return from, to, ok
+	}
+	lo, hi := d.span(off, end)
+	for _, block := range [...]int64{lo, hi - 1} {
+		from, to = d.extent(block)
+		whole := off <= from && to <= end
+		if !whole && d.nextUnsettled(block, block+1) == block && !d.state.partial.takes(block) {
+			return from, to, false
+		}
+	}
+	return 0, 0, true
 }
 
 // nextUnsettled is the first block of [lo, hi) whose contents may yet come from

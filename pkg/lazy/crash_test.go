@@ -31,6 +31,7 @@ type process struct {
 	failed string
 	dead   bool
 	died   chan struct{} // closed with dead
+	leaves func()        // called when it dies; nil: nothing
 }
 
 func newProcess(r *rand.Rand, endAt int) *process {
@@ -48,6 +49,9 @@ func (p *process) dieLocked() {
 	if !p.dead {
 		p.dead = true
 		close(p.died)
+		if p.leaves != nil {
+			p.leaves()
+		}
 	}
 }
 
@@ -390,7 +394,9 @@ func (m crashMap) NextData(off, end int64) (lo, hi int64, err error) {
 // machine is a disk and its map, over power cuts and lives of the program.
 type machine struct {
 	disk, file *crashFile
-	mark       *crashFile // what the disk bears; nil: it cannot, and the map is not bound
+	mark       *crashFile  // what the disk bears; nil: it cannot, and the map is not bound
+	boot       *bootMemory // nil: there is none
+	failed     bool        // a sync has failed in the last life
 	seen       logCount
 }
 
@@ -442,7 +448,7 @@ func (m *machine) wrongDisk(on *Map, p *process) error {
 		return err
 	case !k.Bears(m.bears()):
 		return fmt.Errorf("the disk bears %v, and its map wants %v, or %v (%t)", m.bears(), k.Mark, k.Before, k.Unsettled)
-	case wrong != "":
+	case wrong != "" && !m.failed: // what a sync has failed to write may be what it was before
 		return fmt.Errorf("the witness: %s", wrong)
 	case clean && string(k.Stamp) != string(sum[:]):
 		return fmt.Errorf("the disk is not as it was at a clean end")
@@ -468,6 +474,7 @@ func (m *machine) losePower(r *rand.Rand) {
 	if m.mark != nil {
 		m.mark.losePower(r)
 	}
+	m.boot.losePower()
 }
 
 // logged is how many bytes are in the log and not on the disk, as far as anybody
@@ -496,6 +503,9 @@ func (m *machine) start(p *process, o Options) (*Device, error) {
 		if err := on.Bind(crashBacking{m, p}, m.bears()); err != nil {
 			return nil, err
 		}
+	}
+	if m.boot != nil {
+		o.boot = func(size int64) (memory, error) { return m.boot.open(p, size), nil }
 	}
 	return New(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, o)
 }

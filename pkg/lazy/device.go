@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -41,9 +42,20 @@ type Options struct {
 	// source, and what it returns, which must not be nil, that this is over. Waits
 	// for the disk are not told. Nil: nobody is.
 	Waiting func(ctx context.Context) (over func())
+	// RunDir is a directory that lives as long as the boot. There is kept what the map
+	// does not have yet, so that it outlives a kill of the process, as what clients wrote
+	// does. Empty: there is none, and a kill is like a power cut.
+	RunDir string
+	// MaskMemory is how much memory, in bytes, what is written to parts of missing
+	// blocks may take. Beyond that a block is fetched before it is written to. 0 means
+	// DefaultMaskMemory, less than 0 no limit. It does not hold for a device that is
+	// Revocable.
+	MaskMemory int64
 	// Log is told of reads that wait, and of a disk or map that fails. Nil means
 	// slog.Default().
 	Log *slog.Logger
+
+	boot func(size int64) (memory, error) // in place of RunDir, for tests
 }
 
 // Device is a disk that is usable while its contents arrive. All methods may be
@@ -127,17 +139,20 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 		witness:   witness{turn: make(chan struct{}, 1)},
 	}
 	d.waits.init(d.state.blocks, o.BlockSize)
+	if !o.Revocable {
+		d.state.partial.limit = maskLimit(o.MaskMemory, o.maskWords())
+	}
 	d.knownZero.Store(o.KnownZero)
 	d.capture.spoil() // until there is a log
 	d.epoch.init(o.Map)
 	if o.Map != nil {
 		if err := d.adopt(o.Map, o); err != nil {
-			return nil, err
+			return nil, errors.Join(err, d.state.mirror.close())
 		}
 	}
 	if !o.Standby {
 		if err := d.GoLive(); err != nil {
-			return nil, err
+			return nil, errors.Join(err, d.state.mirror.close())
 		}
 	}
 	d.loops.Go(d.watchLoop)
@@ -146,6 +161,9 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 	}
 	return d, nil
 }
+
+// maskWords is the words that the mask of a block takes in memory.
+func (o Options) maskWords() int { return int((o.BlockSize/sectorSize + 63) / 64) }
 
 // blocksOf is the number of blocks that size bytes take; the last may be short.
 func blocksOf(size, blockSize int64) int64 {
@@ -296,12 +314,13 @@ func (d *Device) Close() error {
 		d.attaching.Unlock()
 		<-d.ops.idle
 		d.loops.Wait()
-		if d.closed = d.flush.flush(context.Background(), d, true); d.closed != nil {
-			return
+		if d.closed = d.flush.flush(context.Background(), d, true); d.closed == nil {
+			if err := d.bindCleanly(); err != nil {
+				d.log.Warn("the map could not note the clean end of its disk: it will be taken for one that was killed", "map", d.epoch.m.path, "error", err)
+			}
+			d.state.mirror.forget() // all of it is in the map
 		}
-		if err := d.bindCleanly(); err != nil {
-			d.log.Warn("the map could not note the clean end of its disk: it will be taken for one that was killed", "map", d.epoch.m.path, "error", err)
-		}
+		d.closed = errors.Join(d.closed, d.state.mirror.close())
 	})
 	return d.closed
 }

@@ -13,6 +13,8 @@ type fill struct {
 	punch bool  // zeroes: the space may be given back
 	fast  bool  // zeroes: only if that takes less time than writing them
 	laid  bool  // bytes: they are there, or were, and need not be written
+	redo  bool  // bytes from the log: they wait for no source
+	trim  bool  // zeroes: what would have to wait for the source may be left out
 }
 
 // zeroes is written where the disk cannot zero by itself.

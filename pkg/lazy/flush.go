@@ -222,6 +222,7 @@ func (f *flusher) aloneOnMap(d *Device, do func() error) error {
 // could not write, so no retry can make it good: nothing is acknowledged from
 // here on.
 func (f *flusher) fail(d *Device, err error) error {
+	d.state.mirror.failed()
 	err = &finalError{fmt.Errorf("lazy: nothing that is written from here on can be trusted: %w", err)}
 	d.log.Error("the disk or its map has failed: no later write or flush is taken; reads of what is here go on", "error", err)
 	f.mu.Lock()

@@ -74,6 +74,7 @@ func inspect(file mapFile) (*Inspection, error) {
 	}
 	m := &Map{file: file, layout: head.layout(), log: newRedo(file, head), head: head}
 	s := newState(m.layout.blocks)
+	s.partial.limit = maskLimit(0, m.layout.maskWords())
 	if err := m.load(s, false); err != nil {
 		return nil, err
 	}
@@ -81,7 +82,7 @@ func inspect(file mapFile) (*Inspection, error) {
 	i := &Inspection{
 		Identity: head.id, State: head.state,
 		Blocks: s.blocks, Fetched: local - written, Written: written, Missing: s.blocks - local,
-		Partial:    s.partial.n.Load(),
+		Partial:    s.partial.n.Load() + s.partial.waiting.Load(),
 		BytesLocal: local * head.id.BlockSize,
 		Binding:    head.bond.binding(), Bindable: head.version > 1,
 		state: s,

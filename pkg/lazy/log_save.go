@@ -42,8 +42,9 @@ func (s *saver) log(b *batch) error {
 
 // replay writes to the disk what was flushed and may not be there, as the client
 // did that wrote it, and makes it durable with its bits. Nobody has the device
-// yet.
-func (d *Device) replay(m *Map) error {
+// yet. kept says that the page cache is the one that it was written to: all of it is
+// there, or something newer, and the next flush makes it durable.
+func (d *Device) replay(m *Map, kept bool) error {
 	if m.header().state != MapLive {
 		d.capture.start()
 		return m.log.replay(func(record, bool) error { return nil })
@@ -52,7 +53,7 @@ func (d *Device) replay(m *Map) error {
 	err := m.log.replay(func(r record, laid bool) error {
 		for _, s := range r.ranges {
 			n := s.hi - s.lo
-			f := fill{p: r.data[:n], off: s.lo, laid: laid}
+			f := fill{p: r.data[:n], off: s.lo, laid: laid || kept, redo: true}
 			r.data = r.data[n:]
 			if err := d.changeRun(context.Background(), f, s.lo, s.hi); err != nil {
 				return err
@@ -64,12 +65,15 @@ func (d *Device) replay(m *Map) error {
 	if err != nil {
 		return fmt.Errorf("%s: lay the log over the disk: %w", m.path, err)
 	}
-	if m.log.used() || d.state.changes.dirty.Load() {
+	if !kept && (m.log.used() || d.state.changes.dirty.Load()) {
 		if err := d.flush.flush(context.Background(), d, true); err != nil {
 			return err
 		}
 	}
-	if writes > 0 {
+	if kept && m.log.used() {
+		d.state.changes.touch() // so that the epoch ends when nobody flushes
+	}
+	if writes > 0 && !kept {
 		d.log.Debug("flushed writes of the map's log were laid over the disk", "map", m.path, "writes", writes)
 	}
 	d.capture.start()

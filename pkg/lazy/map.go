@@ -35,6 +35,7 @@ type Map struct {
 	log    *redo       // nil: none
 	fresh  bool        // nothing was ever written to its disk by way of it
 	used   atomic.Bool // a device has it
+	mirror *mirror     // is told of each header; nil: none. Set before the device is used
 
 	backing Backing // nil: not bound by this process
 	borne   Mark    // by the backing, as far as is known
@@ -282,10 +283,15 @@ func (m *Map) update(change func(h *header)) error {
 func (m *Map) replaceHeader(h header) error {
 	h.version = mapVersion
 	h.seq++
+	if m.mirror != nil {
+		h.save++
+		m.mirror.expect(h.save)
+	}
 	slot := h.encode()
 	if err := writeFull(m.file, slot, slotSize*int64(h.seq&1)); err != nil {
 		return m.error("write the header of", err)
 	}
+	m.mirror.reached(h.save)
 	if err := m.file.Sync(); err != nil {
 		return &finalError{m.error("sync", err)}
 	}

@@ -56,13 +56,15 @@ func (m *Map) save(n *snapshot) error {
 			return m.error("write the log of", err)
 		}
 	}
-	if err := m.file.Sync(); err != nil {
-		return &finalError{m.error("sync", err)}
+	if m.mirror != nil {
+		err = m.replaceHeader(m.header()) // the mirror belongs to this save of the map, and to no other
+	} else if err = m.file.Sync(); err != nil {
+		err = &finalError{m.error("sync", err)}
 	}
-	if ends {
+	if err == nil && ends {
 		m.log.restart()
 	}
-	return nil
+	return err
 }
 
 // finalError is a failure after which nobody can tell what is durable.
@@ -251,7 +253,7 @@ func (l layout) loadSectors(s *state, settled func(block int64) bool, lo, hi, al
 		block := lo / l.sectors
 		first := block * l.sectors
 		next := min(hi, first+l.sectors)
-		if !settled(block) && s.partial.add(block, lo-first, next-first, min(l.sectors, all-first)) {
+		if !settled(block) && !s.partial.postpone(block, s.blocks) && s.partial.add(block, lo-first, next-first, min(l.sectors, all-first)) {
 			// Its written bit was not saved, but all of its sectors were.
 			s.setWritten(block, block+1)
 			s.partial.drop(block, block+1)

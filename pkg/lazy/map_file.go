@@ -89,6 +89,19 @@ func (o osFile) NextData(off, end int64) (lo, hi int64, err error) {
 	return min(lo, end), min(hi, end), nil
 }
 
+// inode is which file it is; zeroes if that cannot be found out.
+func (o osFile) inode() (dev, inode uint64) {
+	info, err := o.f.Stat()
+	if err != nil {
+		return 0, 0
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, 0
+	}
+	return st.Dev, st.Ino
+}
+
 // control calls do with the descriptor, again if a signal came between.
 func (o osFile) control(op string, do func(fd int) error) error {
 	raw, err := o.f.SyscallConn()

@@ -16,6 +16,7 @@ const (
 	crcAt      = slotSize - 4 // in a slot
 	nameAt     = 80           // in a slot: u16 length, then the name
 	logAt      = crcAt - 4    // in a slot
+	saveAt     = logAt - 8    // in a slot
 	epochAt    = 2048         // in a slot
 	bondAt     = epochAt + 24 // in a slot
 	samplesAt  = bondAt + 42 + MaxStamp
@@ -76,6 +77,7 @@ type header struct {
 	log     int64 // size of the log, in bytes; 0: none
 	epoch   epochs
 	bond    bond
+	save    uint64 // tells the saves of a map apart, for its mirror
 }
 
 // encode returns the slot.
@@ -97,6 +99,8 @@ func (h header) encode() []byte {
 		b = append(b, zeroes[:epochAt-len(b)]...)
 		b = h.epoch.append(b)
 		b = h.bond.append(b)
+		b = append(b, zeroes[:saveAt-len(b)]...)
+		b = binary.LittleEndian.AppendUint64(b, h.save)
 	}
 	b = append(b, zeroes[:logAt-len(b)]...)
 	b = binary.LittleEndian.AppendUint32(b, uint32(h.log))
@@ -128,6 +132,7 @@ func decodeSlot(b []byte) (h header, err error) {
 	h.log = int64(le.Uint32(b[logAt:]))
 	if h.version > 1 {
 		h.epoch = decodeEpochs(b[epochAt:])
+		h.save = le.Uint64(b[saveAt:])
 	}
 	name := int64(le.Uint16(b[nameAt:]))
 	switch {

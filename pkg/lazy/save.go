@@ -117,7 +117,7 @@ func (d *Device) adopt(m *Map, o Options) error {
 	}
 	// What a crash has left of blocks that are missing is anything but zeroes.
 	d.knownZero.Store(o.KnownZero && m.fresh)
-	failed := h.flags&flagFailed != 0
+	kept, failed := d.takeMirror(m, o)
 	if failed {
 		if err := d.distrust(m); err != nil {
 			return err
@@ -132,6 +132,7 @@ func (d *Device) adopt(m *Map, o Options) error {
 		if err := m.shrink(); err != nil {
 			d.log.Warn("the map could not be shrunk; it is complete all the same", "map", m.path, "error", err)
 		}
+		forgetMirror(m, o, d.log)
 		d.sealed.Store(true)
 		d.enterLive()
 		d.complete.Store(true)
@@ -145,25 +146,37 @@ func (d *Device) adopt(m *Map, o Options) error {
 	d.saver.m, d.saver.state, d.saver.spoil = m, d.state, d.capture.spoil
 	d.state.changes = newChanges(d.state.blocks)
 	d.state.partial.changes = d.state.changes
-	err := m.update(func(h *header) {
-		h.flags &^= flagRevocable
-		if o.Revocable {
-			h.flags |= flagRevocable
-		}
-		if h.epoch == (epochs{}) { // of a map of version 1
-			h.epoch = newEpochs()
-		}
-	})
+	if kept {
+		d.joinMirror(o.Revocable)
+	}
+	h.flags &^= flagRevocable
+	if o.Revocable {
+		h.flags |= flagRevocable
+	}
+	if h.epoch == (epochs{}) { // of a map of version 1
+		h.epoch = newEpochs()
+	}
+	var err error
+	if !kept && !m.fresh {
+		h.save = newEpoch() // a mirror that is there and not used does not belong to it any more
+	}
+	if h != m.header() {
+		err = m.replaceHeader(h)
+	}
 	if err == nil && m.log != nil {
-		err = d.replay(m)
+		err = d.replay(m, kept)
 	}
 	if err == nil && failed {
 		err = m.trusted() // what was read of the device is durable, and so is what replay wrote
 	}
-	if h.state == MapLive && err == nil {
+	if err != nil {
+		return err
+	}
+	d.state.mirror.validate() // not before: of a mirror that counts no log is laid over the disk
+	if h.state == MapLive {
 		d.enterLive()
 	}
-	return err
+	return nil
 }
 
 // finish makes it durable that the device is complete, which its disk has to be,
@@ -199,6 +212,7 @@ func (d *Device) finish() error {
 	if w := d.witness.watch.Swap(nil); w != nil {
 		w.writers.shut()
 	}
+	d.state.mirror.forget()
 	d.capture.stop()
 	return nil
 }

@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"encoding/binary"
+	"math"
 	"math/bits"
 	"sync/atomic"
 )
@@ -25,10 +26,13 @@ type state struct {
 	writes atomic.Int64 // blocks that are written
 
 	changes *changes // what is not yet in the map on disk; nil without a map
+	mirror  *mirror  // has all of it, too, as long as the boot lasts; nil: none
 }
 
 func newState(blocks int64) *state {
-	return &state{blocks: blocks, fetched: newBitmap(blocks), written: newBitmap(blocks)}
+	s := &state{blocks: blocks, fetched: newBitmap(blocks), written: newBitmap(blocks)}
+	s.partial.limit = math.MaxInt64
+	return s
 }
 
 // bitmap is a bit a block. Its words are atomic, since blocks of different
@@ -115,6 +119,7 @@ func (s *state) setFetched(lo, hi int64) {
 	defer s.changes.end(regionFetched, lo, hi)
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
+		s.mirror.setFetched(w, mask) // first: a client that sees the block relies on it
 		old := s.fetched[w].Or(mask)
 		s.local.Add(int64(bits.OnesCount64(mask &^ (old | s.written[w].Load()))))
 	}
@@ -126,6 +131,7 @@ func (s *state) setWritten(lo, hi int64) {
 	defer s.changes.end(regionWritten, lo, hi)
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
+		s.mirror.setWritten(w, mask)
 		old := s.written[w].Or(mask)
 		s.local.Add(int64(bits.OnesCount64(mask &^ (old | s.fetched[w].Load()))))
 		s.writes.Add(int64(bits.OnesCount64(mask &^ old)))
@@ -138,6 +144,7 @@ func (s *state) clearFetched(lo, hi int64) {
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
 		old := s.fetched[w].And(^mask)
+		s.mirror.clearFetched(w, mask)
 		s.local.Add(-int64(bits.OnesCount64(mask & old &^ s.written[w].Load())))
 	}
 }

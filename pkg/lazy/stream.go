@@ -180,7 +180,10 @@ func (d *Device) putAround(f fill, lo, hi int64) error {
 		return nil
 	}
 	from, _ := d.extent(lo) // of what is not yet written
-	for block := lo; block < hi && d.state.partial.n.Load() > 0; block++ {
+	for block := lo; block < hi && !d.state.partial.none(); block++ {
+		if err := d.recallMask(block); err != nil {
+			return err
+		}
 		m := d.state.partial.get(block)
 		if m == nil {
 			continue

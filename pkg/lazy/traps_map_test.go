@@ -80,6 +80,7 @@ func (a *alive) cut(keepDisk, keepMap bool) {
 		f.now, f.since = bytes.Clone(f.durable), make(map[int][][]byte)
 		f.mu.Unlock()
 	}
+	a.boot.losePower()
 	a.start(newProcess(nil, -1))
 }
 

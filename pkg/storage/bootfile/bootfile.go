@@ -95,6 +95,19 @@ func Open(dir, name string, version uint64, size int64) (*File, error) {
 	return file, nil
 }
 
+// Remove removes the file called name in dir, unless a process has it.
+func Remove(dir, name string) error {
+	path := filepath.Join(dir, name)
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	f, err := openLocked(path)
+	if err != nil {
+		return fmt.Errorf("bootfile: %w", err)
+	}
+	return errors.Join(os.Remove(path), f.Close())
+}
+
 // header is the beginning of a file, up to the word that says whether it counts.
 func header(version uint64, size int64, boot []byte) []byte {
 	b := append(make([]byte, 0, validAt), magic...)
