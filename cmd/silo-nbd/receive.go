@@ -83,7 +83,7 @@ func (f *destFlags) run(ctx context.Context, specs []disks.Spec, c *console) (er
 	r.server = nbdexport.NewServer(options)
 	r.dest, err = migrate.NewDestination(migrate.DestinationOptions{
 		Open: r.open, Ready: r.export, Disks: set.Expected(), Listening: !f.wire.listen.IsZero(), MaxCallers: connect.MaxCallers, Log: c.log,
-		Waiting: nbdexport.Waiting,
+		Waiting: nbdexport.Waiting, RunDir: runDir(),
 	})
 	if err != nil {
 		return errors.Join(err, ln.Close())

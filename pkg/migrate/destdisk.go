@@ -62,6 +62,7 @@ func (d *Destination) newDestDisk(a Announcement, plain bool, opened Destination
 		// A plain Silo source goes on writing, and takes blocks back.
 		Revocable: plain,
 		Map:       opened.Map,
+		RunDir:    d.opts.RunDir,
 		Log:       d.log.With("disk", disk.name),
 		Waiting:   d.opts.Waiting,
 	})

@@ -69,7 +69,9 @@ type DestinationOptions struct {
 	// Waiting is told of calls to the devices that wait for the source: see
 	// lazy.Options.
 	Waiting func(ctx context.Context) (over func())
-	Log     *slog.Logger // nil: no log
+	// RunDir is a directory that lives as long as the boot: see lazy.Options.
+	RunDir string
+	Log    *slog.Logger // nil: no log
 }
 
 // Destination is the receiving end of a migration: a lazy device for each
