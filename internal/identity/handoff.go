@@ -28,7 +28,7 @@ type stagedDisk struct {
 func (l *Ledger) Owner(disk string) (o migrate.Owner, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e := l.entry(disk)
+	e := l.disks.entry(disk)
 	if e == nil {
 		return o, false
 	}
@@ -46,7 +46,7 @@ func (l *Ledger) Peer(disk string) (o migrate.Owner, ok bool) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e := l.entry(disk)
+	e := l.disks.entry(disk)
 	if e == nil || e.state == nil || e.state.Peer == nil {
 		return o, false
 	}
@@ -60,7 +60,7 @@ func (l *Ledger) Confirm(disk string, o migrate.Owner) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	defer l.show()
-	e := l.entry(disk)
+	e := l.disks.entry(disk)
 	if e == nil || e.state == nil {
 		return fmt.Errorf("no disk is called %q", disk)
 	}
@@ -73,6 +73,9 @@ func (l *Ledger) Confirm(disk string, o migrate.Owner) error {
 		e.state.Handoff = &changed
 	} else {
 		e.state.Peer = &peer{Device: deviceDigits(o.Device), Epoch: number(o.Epoch), Steps: o.Steps}
+		if !l.live {
+			return nil // the handoff follows at once, and nothing is believed before it
+		}
 	}
 	if err := l.save(e); err != nil {
 		return fmt.Errorf("note which destination %s has met: %w", e.disk.Path(), err)
@@ -105,8 +108,8 @@ func (l *Ledger) Prepare(to map[string]migrate.Owner) (err error) {
 			err = fmt.Errorf("note the handoff beforehand: %w", err)
 		}
 	}()
-	members := l.members()
-	for _, e := range l.order() {
+	members := l.disks.members()
+	for _, e := range l.disks.order() {
 		if e.lacks != nil && !durable.ReadOnly(e.lacks) {
 			e.lacks = nil // there may be room now
 		}
@@ -126,19 +129,11 @@ func (l *Ledger) Prepare(to map[string]migrate.Owner) (err error) {
 		}
 		d := e.stage(h, l.live)
 		st.disks = append(st.disks, d)
-		if err := d.create(l.files); err != nil {
+		if err := d.create(l.files, l.live); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func (l *Ledger) members() []member {
-	all := make([]member, len(l.disks))
-	for i, e := range l.disks {
-		all[i] = member{UUID: e.state.UUID, Name: e.name, Path: e.path}
-	}
-	return all
 }
 
 // stage makes the two states of a disk, one of which will count.
@@ -154,26 +149,28 @@ func (e *entry) stage(h *handoff, live bool) *stagedDisk {
 	return &stagedDisk{entry: e, gone: &gone, back: &back}
 }
 
-// create writes the two state files, under temporary names.
-func (d *stagedDisk) create(files durable.FS) (err error) {
+// create writes the state file that counts after the handoff, under a temporary
+// name, and if writes will be held then also the one to take it back.
+func (d *stagedDisk) create(files durable.FS, live bool) (err error) {
 	if d.lacks != nil {
 		return nil
 	}
-	create := func(s *state) (at string, file durable.File, err error) {
-		s.Path, s.State = d.path, d.where
-		b, err := s.encode()
-		if err != nil {
-			return "", nil, err
-		}
-		at = durable.NewTemp(d.where)
-		file, err = files.Create(at, b)
-		return at, file, err
-	}
-	if d.goneAt, d.goneFile, err = create(d.gone); err != nil {
+	if d.goneAt, d.goneFile, err = d.temporary(files, d.gone); err != nil || !live {
 		return err
 	}
-	d.backAt, d.backFile, err = create(d.back)
+	d.backAt, d.backFile, err = d.temporary(files, d.back)
 	return err
+}
+
+func (d *stagedDisk) temporary(files durable.FS, s *state) (at string, file durable.File, err error) {
+	s.Path, s.State = d.path, d.where
+	b, err := s.encode()
+	if err != nil {
+		return "", nil, err
+	}
+	at = durable.NewTemp(d.where)
+	file, err = files.Create(at, b)
+	return at, file, err
 }
 
 // HandOff implements migrate.Ledger. It renames what Prepare has written, and
@@ -264,6 +261,11 @@ func (d *stagedDisk) takeBack(files durable.FS, id string) error {
 	if err != nil || !says {
 		return err
 	}
+	if d.backFile == nil {
+		if d.backAt, d.backFile, err = d.temporary(files, d.back); err != nil {
+			return err
+		}
+	}
 	if err := files.Rename(d.backAt, d.where); err != nil {
 		return err
 	}
@@ -324,45 +326,6 @@ func (l *Ledger) dropStaged() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// mark makes the disk itself say what the handoff is.
-func (l *Ledger) mark(e *entry, h *handoff, staged bool) error {
-	if e.lacks != nil {
-		return nil
-	}
-	return e.touch(func() error { return writeMark(l.files, e.disk, e.device, markOf(h, e.where, staged)) })
-}
-
-// unmark removes what mark has made.
-func (l *Ledger) unmark(e *entry) error {
-	err := e.touch(func() error { return removeMarks(l.files, e.disk, e.device) })
-	if err == nil {
-		e.marks = nil
-	}
-	return err
-}
-
-// touch does what changes the disk's change time and not its contents, and
-// watches it from then on as it is afterwards.
-func (e *entry) touch(do func() error) error {
-	before, err := e.disk.Stamp()
-	if err != nil {
-		return err
-	}
-	intact := e.watch == before
-	if err := do(); err != nil {
-		return err
-	}
-	after, err := e.disk.Stamp()
-	if err != nil || !intact {
-		return err
-	}
-	before.ChangeTime = after.ChangeTime
-	if before == after {
-		e.watch = after
-	}
-	return nil
 }
 
 // Taken implements migrate.Ledger.

@@ -1,41 +1,46 @@
 package identity
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
 )
 
+// set is the disks of a source.
+type set []*entry
+
 // judge finds out whether the disks were handed off: all of them, or none. What
 // is noted counts against the disks that the note names, and not against those
 // that were given.
-func (l *Ledger) judge(o Options) (gone bool, err error) {
-	for _, e := range l.disks {
+func (s set) judge(o Options) (gone, finished bool, err error) {
+	for _, e := range s {
 		if e.kin == kinForeign && !o.Moved {
-			return false, e.foreign()
+			return false, false, e.foreign()
 		}
 	}
 	if o.Reclaim {
-		return false, nil
+		return false, false, nil
 	}
 	var away []*entry
-	for _, e := range l.disks {
-		is, err := l.away(e)
+	for _, e := range s {
+		is, err := s.away(e)
 		if err != nil {
-			return false, err
+			return false, false, err
 		}
 		if is {
 			away = append(away, e)
 		}
 	}
 	if len(away) == 0 {
-		return false, nil
+		return false, false, nil
 	}
-	if err := l.together(away); err != nil {
-		return false, err
+	if err := s.together(away); err != nil {
+		return false, false, err
 	}
-	return true, l.mayGoOn(o)
+	finished, err = s.mayGoOn(o)
+	return true, finished, err
 }
 
 // foreign says that a state file is another disk's.
@@ -52,7 +57,7 @@ func (e *entry) foreign() error {
 // away reports whether a disk was handed off, and its handoff was published. An
 // error says that it may have been, or that it cannot be told from the disks
 // that were given.
-func (l *Ledger) away(e *entry) (bool, error) {
+func (s set) away(e *entry) (bool, error) {
 	h, _, _ := e.standing()
 	switch {
 	case h == nil:
@@ -69,17 +74,17 @@ func (l *Ledger) away(e *entry) (bool, error) {
 		}
 		return false, fmt.Errorf("%w; there is no state file at %s: name it with --state, as in --state %s, or take the disk back with --force-reclaim, which gives up what was written there", n.Err(), e.where, where)
 	}
-	return l.published(e, h)
+	return s.published(e, h)
 }
 
 // published reports whether all disks of a handoff say so. After a power cut in
 // the middle of one some may not: then it was never published, and a disk that
 // does not say so must prove it by knowing of the handoff.
-func (l *Ledger) published(e *entry, h *handoff) (bool, error) {
+func (s set) published(e *entry, h *handoff) (bool, error) {
 	var missing []string
 	half := false
 	for _, m := range h.Disks {
-		other := l.member(m.UUID)
+		other := s.member(m.UUID)
 		switch {
 		case other == nil:
 			missing = append(missing, m.label())
@@ -106,16 +111,16 @@ func (l *Ledger) published(e *entry, h *handoff) (bool, error) {
 }
 
 // member is the given disk with a UUID; nil if it was not given.
-func (l *Ledger) member(uuid string) *entry {
-	i := slices.IndexFunc(l.disks, func(e *entry) bool { return e.state != nil && e.state.UUID == uuid })
+func (s set) member(uuid string) *entry {
+	i := slices.IndexFunc(s, func(e *entry) bool { return e.state != nil && e.state.UUID == uuid })
 	if i < 0 {
 		return nil
 	}
-	return l.disks[i]
+	return s[i]
 }
 
 // together says why disks that were handed off cannot be given with the others.
-func (l *Ledger) together(away []*entry) error {
+func (s set) together(away []*entry) error {
 	var groups []string
 	group := make(map[string][]string)
 	for _, e := range away {
@@ -125,7 +130,7 @@ func (l *Ledger) together(away []*entry) error {
 		}
 		group[h.ID] = append(group[h.ID], e.disk.Path())
 	}
-	if len(groups) == 1 && len(away) == len(l.disks) {
+	if len(groups) == 1 && len(away) == len(s) {
 		return nil
 	}
 	var parts []string
@@ -133,7 +138,7 @@ func (l *Ledger) together(away []*entry) error {
 		parts = append(parts, strings.Join(group[id], " and "))
 	}
 	var rest []string
-	for _, e := range l.disks {
+	for _, e := range s {
 		if !slices.Contains(away, e) {
 			rest = append(rest, e.disk.Path())
 		}
@@ -145,33 +150,33 @@ func (l *Ledger) together(away []*entry) error {
 }
 
 // mayGoOn says why disks that were handed off cannot be sent on by this command.
-func (l *Ledger) mayGoOn(o Options) error {
-	l.finished = true
-	for _, e := range l.disks {
+func (s set) mayGoOn(o Options) (finished bool, err error) {
+	finished = true
+	for _, e := range s {
 		h, _, _ := e.standing()
-		l.finished = l.finished && h.Complete
+		finished = finished && h.Complete
 	}
-	if l.finished {
-		return l.replaced()
+	if finished {
+		return true, s.replaced()
 	}
-	for _, e := range l.disks {
+	for _, e := range s {
 		h, _, _ := e.standing()
 		const back = "take the disk back with --force-reclaim, which gives up what was written there"
 		switch {
 		case o.Live && h.Frozen:
-			return fmt.Errorf("%s %w: its move is under way, to device %s: let the source go on without --nbd, or %s", e.disk.Path(), ErrHandedOff, h.Owner, back)
+			return false, fmt.Errorf("%s %w: its move is under way, to device %s: let the source go on without --nbd, or %s", e.disk.Path(), ErrHandedOff, h.Owner, back)
 		case !o.Live && !h.Frozen:
-			return fmt.Errorf("%s %w: let the source go on with --nbd as before, or %s", e.disk.Path(), ErrHandedOff, back)
+			return false, fmt.Errorf("%s %w: let the source go on with --nbd as before, or %s", e.disk.Path(), ErrHandedOff, back)
 		}
 	}
-	return nil
+	return false, nil
 }
 
 // replaced says why the destination does not have what is here now, although it has
 // everything that was handed off. That somebody has renamed the disk, or changed its
 // owner or mode, is no reason.
-func (l *Ledger) replaced() error {
-	for _, e := range l.disks {
+func (s set) replaced() error {
+	for _, e := range s {
 		was, now := e.state.Disk, e.now
 		was.ChangeTime, now.ChangeTime = 0, 0
 		rebooted := now.Block && was.BootID != now.BootID // the count of sectors begins anew
@@ -183,6 +188,59 @@ func (l *Ledger) replaced() error {
 			"take the disk back with --force-reclaim to send it as it is", e.note().Err())
 	}
 	return nil
+}
+
+// order is the order in which state files are written: those first that say that
+// their disk was handed off. Otherwise a power cut could leave such a one without
+// what proves that its handoff was never published.
+func (s set) order() []*entry {
+	var first, then []*entry
+	for _, e := range s {
+		if e.published() {
+			first = append(first, e)
+		} else {
+			then = append(then, e)
+		}
+	}
+	return append(first, then...)
+}
+
+func (s set) names(which func(e *entry) bool) (names []string) {
+	for _, e := range s {
+		if which(e) {
+			names = append(names, e.name)
+		}
+	}
+	return names
+}
+
+func (s set) unlock() error {
+	var errs []error
+	for _, e := range s {
+		if e.lock != nil {
+			errs = append(errs, e.lock.Close())
+			e.lock = nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// entry finds a disk by its name.
+func (s set) entry(disk string) *entry {
+	for _, e := range s {
+		if e.name == disk {
+			return e
+		}
+	}
+	return nil
+}
+
+func (s set) members() []member {
+	all := make([]member, len(s))
+	for i, e := range s {
+		all[i] = member{UUID: e.state.UUID, Name: e.name, Path: e.path}
+	}
+	return all
 }
 
 func dirOf(path string) string { return filepath.Dir(path) }

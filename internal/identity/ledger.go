@@ -4,7 +4,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"strings"
 	"sync"
@@ -54,14 +53,14 @@ type Run struct {
 // Ledger keeps which disks a source has and to which destination they belong. It
 // is their migrate.Ledger. The state files are locked until Close.
 type Ledger struct {
-	files durable.FS
+	keeper
 	live  bool
 	at    string
 	notes atomic.Pointer[[]*Note] // of the disks, as of the last change
 
 	mu sync.Mutex // held over I/O: what others look at is in notes
 	// Guarded by mu:
-	disks     []*entry
+	disks     set
 	handedOff bool
 	finished  bool
 	staged    *staging // by Prepare
@@ -93,13 +92,13 @@ type beginning struct {
 // are left so, unless o.Reclaim. The caller must Close the Ledger before it closes
 // the disks, and when none of them is written any more.
 func Open(disks []Spec, o Options) (_ *Ledger, err error) {
-	l := &Ledger{files: o.Files, live: o.Live, at: o.At}
+	l := &Ledger{keeper: keeper{o.Files}, live: o.Live, at: o.At}
 	if l.files == nil {
 		l.files = durable.OS
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, l.unlock())
+			err = errors.Join(err, l.disks.unlock())
 		}
 	}()
 	for _, d := range disks {
@@ -109,12 +108,11 @@ func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 			return nil, err
 		}
 	}
-	gone, err := l.judge(o)
+	l.handedOff, l.finished, err = l.disks.judge(o)
 	if err != nil {
 		return nil, err
 	}
-	if gone {
-		l.handedOff = true
+	if l.handedOff {
 		err = l.stay()
 	} else {
 		err = l.begin(o)
@@ -132,106 +130,6 @@ func (l *Ledger) show() {
 		}
 	}
 	l.notes.Store(&notes)
-}
-
-// open reads what is kept about a disk and locks its state file.
-func (l *Ledger) open(d Spec) (*entry, error) {
-	at, err := locate(d.Disk, d.State)
-	if err != nil {
-		return &entry{name: d.Name}, err
-	}
-	e := &entry{found: *at, name: d.Name, given: d.State != ""}
-	if e.where == "" {
-		_, err := Default(d.Disk.Path(), d.Disk.IsBlockDevice())
-		return e, err
-	}
-	if d.State == "" {
-		if err := l.adopt(e); err != nil {
-			return e, err
-		}
-	}
-	file, err := l.files.Open(e.where)
-	var content []byte
-	switch {
-	case err == nil:
-		e.lock, content = file, file.Content()
-		_ = durable.Clean(l.files, e.where) // best effort: what is left takes space only
-	case errors.Is(err, durable.ErrInUse):
-		return e, fmt.Errorf("the state file of %s is in use: a source has this disk already, or another disk with the same --state: %w", d.Disk.Path(), err)
-	}
-	if err := e.read(content, err); err != nil {
-		return e, err
-	}
-	return e, e.readMarks(l.files)
-}
-
-// adopt takes the state file that an earlier version has put beside a link to
-// where it belongs.
-func (l *Ledger) adopt(e *entry) error {
-	old, err := e.legacy(l.files.Read)
-	if err != nil || old == "" {
-		return err
-	}
-	if err = l.files.Claim(old, e.where); err == nil {
-		err = l.files.SyncDir(dirOf(e.where))
-	}
-	if err != nil {
-		return fmt.Errorf("the state file of %s belongs beside the disk that the link leads to: %w", e.path, err)
-	}
-	return nil
-}
-
-// order is the order in which state files are written: those first that say that
-// their disk was handed off. Otherwise a power cut could leave such a one without
-// what proves that its handoff was never published.
-func (l *Ledger) order() []*entry {
-	var first, then []*entry
-	for _, e := range l.disks {
-		if e.published() {
-			first = append(first, e)
-		} else {
-			then = append(then, e)
-		}
-	}
-	return append(first, then...)
-}
-
-// published reports whether the state file says that the disk was handed off.
-func (e *entry) published() bool {
-	if e.lock == nil {
-		return false
-	}
-	s, err := decode(e.where, e.lock.Content())
-	return err == nil && s.Handoff != nil
-}
-
-// save makes the state of a disk durable.
-func (l *Ledger) save(e *entry) error {
-	if e.lacks != nil {
-		return nil
-	}
-	e.state.Path, e.state.State = e.path, e.where
-	b, err := e.state.encode()
-	if err != nil || e.lock != nil && string(e.lock.Content()) == string(b) {
-		return err
-	}
-	file, err := durable.Replace(l.files, e.where, b, e.lock == nil)
-	if file != nil {
-		err = errors.Join(err, e.swap(file))
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%w: a source has made the state file of this disk just now", durable.ErrInUse)
-	}
-	return err
-}
-
-// swap holds another file's lock in place of the present one.
-func (e *entry) swap(file durable.File) (err error) {
-	if e.lock != nil {
-		err = e.lock.Close()
-	}
-	e.lock = file
-	return err
 }
 
 // stay is Open for disks that were handed off.
@@ -282,7 +180,7 @@ func (l *Ledger) begin(o Options) error {
 		}
 		e.watch = e.now
 	}
-	for _, e := range l.order() {
+	for _, e := range l.disks.order() {
 		if err := l.first(e, o); err != nil {
 			return err
 		}
@@ -345,24 +243,6 @@ func (e *entry) openLive(o Options, boot string) {
 	s.Live, s.Open, s.BootID = true, true, boot
 }
 
-// first writes the state file of a disk for the first time. A frozen disk can be
-// sent without one: then no other process has its identity.
-func (l *Ledger) first(e *entry, o Options) error {
-	err := l.save(e)
-	switch {
-	case err == nil:
-		return nil
-	case o.Live:
-		return fmt.Errorf("keep that %s is in use here: %w: say with --state where its state file is to lie", e.disk.Path(), err)
-	case e.given:
-		return fmt.Errorf("--state: keep the disk's identity: %w", err)
-	case o.Reclaim, len(e.marks) > 0, e.published(), errors.Is(err, durable.ErrInUse):
-		return fmt.Errorf("keep the identity of %s: %w", e.disk.Path(), err)
-	}
-	e.lacks = err
-	return nil
-}
-
 // bootID names the present boot of the host; empty: it is not known.
 func bootID() string {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -392,23 +272,14 @@ func (l *Ledger) Finished() bool {
 // Crashed are the names of disks whose last source did not end in order, so that
 // what was copied before is not trusted.
 func (l *Ledger) Crashed() []string {
-	return l.names(func(e *entry) bool { return e.crashed })
+	return l.disks.names(func(e *entry) bool { return e.crashed })
 }
 
 // Ended are the names of disks that had a source before, which ended in order:
 // what was copied then is not trusted either, since it is not known what has
 // changed.
 func (l *Ledger) Ended() []string {
-	return l.names(func(e *entry) bool { return e.had && !e.crashed })
-}
-
-func (l *Ledger) names(which func(e *entry) bool) (names []string) {
-	for _, e := range l.disks {
-		if which(e) {
-			names = append(names, e.name)
-		}
-	}
-	return names
+	return l.disks.names(func(e *entry) bool { return e.had && !e.crashed })
 }
 
 // Identity is that of the i-th disk.
@@ -515,7 +386,7 @@ func (l *Ledger) Close() error {
 			errs = append(errs, l.save(e))
 		}
 	}
-	return errors.Join(append(errs, l.unlock())...)
+	return errors.Join(append(errs, l.disks.unlock())...)
 }
 
 func (l *Ledger) closeLive(e *entry) error {
@@ -529,27 +400,6 @@ func (l *Ledger) closeLive(e *entry) error {
 		e.state.Live, e.state.BootID, e.state.Generation = false, "", b.generation
 	}
 	return l.save(e)
-}
-
-func (l *Ledger) unlock() error {
-	var errs []error
-	for _, e := range l.disks {
-		if e.lock != nil {
-			errs = append(errs, e.lock.Close())
-			e.lock = nil
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// entry finds a disk by its name.
-func (l *Ledger) entry(disk string) *entry {
-	for _, e := range l.disks {
-		if e.name == disk {
-			return e
-		}
-	}
-	return nil
 }
 
 func deviceDigits(d migrate.Device) string { return hex.EncodeToString(d[:]) }

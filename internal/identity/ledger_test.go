@@ -81,7 +81,7 @@ func TestLiveDiskHasANewGenerationEachTime(t *testing.T) {
 	require.Empty(t, l.Ended(), "there was none before")
 	seen := map[uint64]bool{l.Identity(1).Generation: true}
 	uuid := l.Identity(1).UUID
-	require.NoError(t, l.unlock()) // killed
+	require.NoError(t, l.disks.unlock()) // killed
 	for _, crashed := range []bool{true, false, false} {
 		l = mustOpen(t, disks, live(Options{}))
 		require.Equal(t, crashed, len(l.Crashed()) == 2)
@@ -143,7 +143,7 @@ func TestGenerationOfALiveDiskStaysIfItsChangesAreKnown(t *testing.T) {
 	require.Len(t, asked, 1)
 	require.True(t, asked[0].Ended)
 	require.Empty(t, l.Ended())
-	require.NoError(t, l.unlock()) // killed
+	require.NoError(t, l.disks.unlock()) // killed
 
 	l = mustOpen(t, disks, keep)
 	require.Equal(t, first, l.Identity(0))
@@ -159,7 +159,7 @@ func TestGenerationOfALiveDiskStaysIfItsChangesAreKnown(t *testing.T) {
 	second := l.Identity(0)
 	l.disks[0].state.BootID = "before the host was restarted"
 	require.NoError(t, l.save(l.disks[0]))
-	require.NoError(t, l.unlock())
+	require.NoError(t, l.disks.unlock())
 
 	l = mustOpen(t, disks, keep)
 	require.NotEqual(t, second, l.Identity(0))
@@ -273,7 +273,7 @@ func TestHalfAHandoffIsNone(t *testing.T) {
 	before, err := os.ReadFile(disks[1].Disk.Path() + Suffix)
 	require.NoError(t, err)
 	require.NoError(t, l.HandOff())
-	require.NoError(t, l.unlock())
+	require.NoError(t, l.disks.unlock())
 	require.NoError(t, os.WriteFile(disks[1].Disk.Path()+Suffix, before, 0o600))
 	refuses(t, disks[:1], live(Options{}), "give all of them")
 	// The other one alone is not handed off, and proves it to the first later.
@@ -335,7 +335,7 @@ func TestFrozenMoveIsNoted(t *testing.T) {
 	require.False(t, ok)
 	handOff(t, l, disks)
 	require.NoError(t, l.Changed(0), "our own notes are not a change")
-	require.NoError(t, l.unlock()) // killed
+	require.NoError(t, l.disks.unlock()) // killed
 
 	refuses(t, disks, live(Options{}), "its move is under way")
 	l = mustOpen(t, disks, Options{})
@@ -386,7 +386,7 @@ func TestLeftoversOfACrashAreRemoved(t *testing.T) {
 	disks := specs(t, dir, "a")
 	l := mustOpen(t, disks, live(Options{}))
 	require.NoError(t, l.Prepare(ownersOf(disks)))
-	require.NoError(t, l.unlock())
+	require.NoError(t, l.disks.unlock())
 	require.Len(t, names(t, dir), 4)
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "."+"a"+Suffix+".mine"), nil, 0o600))
 	require.NoError(t, mustOpen(t, disks, live(Options{})).Close())

@@ -143,7 +143,7 @@ func TestPreparedHandoffCountsOnlyWithoutItsStateFile(t *testing.T) {
 	opened(t, vm, "", func(d Spec) {
 		l := mustOpen(t, []Spec{d}, live(Options{}))
 		require.NoError(t, l.Prepare(ownersOf([]Spec{d})))
-		require.NoError(t, l.unlock()) // killed
+		require.NoError(t, l.disks.unlock()) // killed
 	})
 	renamed := filepath.Join(dir, "renamed.raw")
 	require.NoError(t, os.Rename(vm, renamed))

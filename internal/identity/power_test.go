@@ -413,7 +413,7 @@ func TestPowerCutInAReclaimOrReturnLosesNoDisk(t *testing.T) {
 					if reclaim {
 						l, err := Open(w.specs(), again)
 						if err == nil {
-							require.NoError(t, l.unlock())
+							require.NoError(t, l.disks.unlock())
 						}
 					} else {
 						for _, d := range w.disks {

@@ -28,7 +28,7 @@ func (l *Ledger) RemoveDisks() error {
 	return errors.Join(errs...)
 }
 
-func (l *Ledger) remove(e *entry) error {
+func (k keeper) remove(e *entry) error {
 	if e.disk.IsBlockDevice() {
 		return fmt.Errorf("%s is a block device: it was left as it is", e.disk.Path())
 	}
@@ -40,9 +40,9 @@ func (l *Ledger) remove(e *entry) error {
 		return err
 	}
 	if e.lacks == nil {
-		err = l.files.Remove(e.where)
+		err = k.files.Remove(e.where)
 	}
-	return errors.Join(err, l.files.SyncDir(dirOf(e.where)))
+	return errors.Join(err, k.files.SyncDir(dirOf(e.where)))
 }
 
 // unlink removes path if it is still the file with that inode.
