@@ -238,7 +238,8 @@ func cmdAttach(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Defer(func() { c.Close() })
 }
 
-// cmdNBD reads or writes an export: nbd URI (read|write) OFF TEXT
+// cmdNBD reads or writes an export: nbd URI (read|write|put) OFF TEXT
+// write flushes, put does not.
 // With ! it wants that this fails, and with ERROR that it says so: ! nbd URI (read|write) OFF TEXT [ERROR]
 func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 4 && (!neg || len(args) != 5) {
@@ -249,7 +250,7 @@ func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
 	off, err := strconv.ParseInt(args[2], 10, 64)
 	ts.Check(err)
 	got := make([]byte, len(args[3]))
-	if args[1] == "write" {
+	if args[1] != "read" {
 		_, err = c.WriteAt([]byte(args[3]), off)
 	} else {
 		_, err = c.ReadAt(got, off)
@@ -265,8 +266,11 @@ func cmdNBD(ts *testscript.TestScript, neg bool, args []string) {
 		return
 	}
 	ts.Check(err)
-	if args[1] == "write" {
+	switch args[1] {
+	case "write":
 		ts.Check(c.Flush())
+		return
+	case "put":
 		return
 	}
 	if string(got) != args[3] {

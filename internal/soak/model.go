@@ -30,8 +30,8 @@ type value struct {
 
 // cell is what is known of a sector that was written to.
 type cell struct {
-	// may is what the sector may hold after a crash, the oldest first: what the
-	// last flush covered, and all that was written since.
+	// may is what the sector may hold after a kill, the oldest first: what was known to
+	// be there, and all that was written since.
 	may []value
 	// now is the index of what a read must return; -1: any of may, since the
 	// destination has died after the last write.
@@ -186,15 +186,22 @@ func (m *model) flushed(covers map[int64]uint64) {
 	}
 }
 
-// died is told that the destination's process has ended: of each sector all
-// that was not flushed is possible.
+// died is told that the destination's process was killed: of each sector what was
+// answered last is there, flushed or not, or what was about to be written. Only a
+// power cut undoes what was answered.
 func (m *model) died() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, c := range m.cells {
+	for s, c := range m.cells {
 		c.busy = false
+		if c.now > 0 {
+			c.may = slices.Delete(c.may, 0, c.now)
+			c.now = 0
+		}
 		if len(c.may) > 1 {
 			c.now = -1
+		} else {
+			delete(m.open, s)
 		}
 	}
 }
