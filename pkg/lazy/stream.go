@@ -1,7 +1,9 @@
 package lazy
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -265,13 +267,27 @@ func (s *Stream) HandleDirtyList(blockSize uint32, blocks []uint32) error {
 		return err
 	}
 	defer s.ops.leave()
+	var bad error
 	var spans []span // that were taken back
-	err := d.takeBack(int64(blockSize), blocks, &spans)
-	if ferr := d.forget(spans); ferr != nil { // of those before an error, too
-		return ferr
+	for len(blocks) > 0 {
+		n := min(len(blocks), takeBackAtOnce)
+		spans = spans[:0]
+		err := d.takeBack(int64(blockSize), blocks[:n], &spans)
+		if ferr := d.forget(spans); ferr != nil { // of those before an error, too
+			return ferr
+		}
+		if err != nil && !errors.Is(err, storage.ErrOutOfRange) {
+			return err
+		}
+		bad = cmp.Or(bad, err)
+		blocks = blocks[n:]
 	}
-	return err
+	return bad
 }
+
+// takeBackAtOnce is how many blocks of a dirty list are taken back by one change of
+// the map. It bounds what a list costs that does not ascend; our own are no longer.
+const takeBackAtOnce = 1 << 20
 
 // takeBack is HandleDirtyList but for the map. It adds what it took back to
 // spans.

@@ -154,6 +154,9 @@ func (in *incoming) decode(command wire.Command, b []byte) (any, error) {
 		m := new(wire.Event)
 		return m, m.UnmarshalBinary(b)
 	case wire.CommandDirtyList:
+		if err := in.checkCount(b); err != nil {
+			return nil, err
+		}
 		m := new(wire.DirtyList)
 		if err := m.UnmarshalBinary(b); err != nil {
 			return nil, err
@@ -181,6 +184,20 @@ func (in *incoming) decode(command wire.Command, b []byte) (any, error) {
 	}
 	m := new(wire.RemoveDev)
 	return m, m.UnmarshalBinary(b)
+}
+
+// checkCount refuses a dirty list of more blocks than the device has, before memory is
+// taken for them. The rest of the packet is checked when it is decoded.
+func (in *incoming) checkCount(b []byte) error {
+	const fixed = 1 + 4 + 4 // command, block size, number of blocks
+	if len(b) < fixed {
+		return nil
+	}
+	size, count := uint64(binary.LittleEndian.Uint32(b[1:])), uint64(binary.LittleEndian.Uint32(b[5:]))
+	if size != 0 && count > (in.size+size-1)/size {
+		return fmt.Errorf("%w: a list of %d blocks of %d bytes for a device of %d bytes", wire.ErrInvalid, count, size, in.size)
+	}
+	return nil
 }
 
 func (in *incoming) checkBlock(block, blockSize uint32) error {
