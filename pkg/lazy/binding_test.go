@@ -286,7 +286,7 @@ func TestCleanEndWithoutRoomIsNoError(t *testing.T) {
 // What is accepted as a header says the same when it is written again, and nothing in
 // it points outside the disk.
 func FuzzHeader(f *testing.F) {
-	h := header{version: 2, seq: 7, state: MapLive, id: testID, epoch: epochs{1, 2, 3, 4}}
+	h := header{version: 2, seq: 7, state: MapLive, id: testID, epoch: epochs{now: 1, before: 2, steps: 3, beforesSteps: 4}}
 	f.Add(h.encode())
 	h.bond = bond{flags: bondMarking, mark: Mark{1}, before: Mark{2}, stamp: strings.Repeat("s", MaxStamp), count: maxSamples}
 	for i := range h.bond.samples {

@@ -3,6 +3,7 @@ package lazy
 import (
 	"crypto/rand"
 	"encoding/binary"
+	"slices"
 	"sync"
 )
 
@@ -19,7 +20,19 @@ type epochs struct {
 	now, before  uint64
 	steps        uint32 // since now was drawn
 	beforesSteps uint32 // between before and now
+	// drawn are epochs between before and now, the oldest first. The source may have
+	// confirmed one of them after it had said on another connection which it knew.
+	drawn [maxDrawn]drawnEpoch
 }
+
+// drawnEpoch is an epoch, and the steps between it and now; zero is none.
+type drawnEpoch struct {
+	epoch uint64
+	steps uint32
+}
+
+// maxDrawn is how many connections in a row may know an epoch that is out of date.
+const maxDrawn = 4
 
 func newEpochs() epochs { return epochs{now: newEpoch()} }
 
@@ -38,12 +51,28 @@ func newEpoch() uint64 {
 // source has not confirmed goes on as one epoch with the one before it: the answer
 // that told of it was lost, and nothing was believed.
 func (e *epochs) begin(confirmed uint64) {
-	if confirmed == e.now {
-		e.before, e.beforesSteps = e.now, e.steps
-	} else {
-		e.beforesSteps += e.steps
+	between := append(e.between(), drawnEpoch{epoch: e.now})
+	e.beforesSteps += e.steps
+	for i := range between {
+		between[i].steps += e.steps
 	}
+	i := slices.IndexFunc(between, func(d drawnEpoch) bool { return d.epoch == confirmed })
+	if i >= 0 {
+		e.before, e.beforesSteps = confirmed, between[i].steps
+		between = between[i+1:]
+	}
+	e.drawn = [maxDrawn]drawnEpoch{}
+	copy(e.drawn[:], between[max(0, len(between)-maxDrawn):])
 	e.now, e.steps = newEpoch(), 0
+}
+
+// between are the epochs in drawn.
+func (e *epochs) between() []drawnEpoch {
+	n := slices.Index(e.drawn[:], drawnEpoch{})
+	if n < 0 {
+		n = maxDrawn
+	}
+	return slices.Clone(e.drawn[:n])
 }
 
 // step notes a change of state.
@@ -62,9 +91,22 @@ func (e epochs) append(b []byte) []byte {
 	return binary.LittleEndian.AppendUint32(b, e.beforesSteps)
 }
 
-func decodeEpochs(b []byte) epochs {
+// appendDrawn adds the bytes of those between, which lie elsewhere.
+func (e epochs) appendDrawn(b []byte) []byte {
+	for _, d := range e.drawn {
+		b = binary.LittleEndian.AppendUint64(b, d.epoch)
+		b = binary.LittleEndian.AppendUint32(b, d.steps)
+	}
+	return b
+}
+
+func decodeEpochs(b, drawn []byte) epochs {
 	le := binary.LittleEndian
-	return epochs{now: le.Uint64(b), before: le.Uint64(b[8:]), steps: le.Uint32(b[16:]), beforesSteps: le.Uint32(b[20:])}
+	e := epochs{now: le.Uint64(b), before: le.Uint64(b[8:]), steps: le.Uint32(b[16:]), beforesSteps: le.Uint32(b[20:])}
+	for i := range e.drawn {
+		e.drawn[i] = drawnEpoch{le.Uint64(drawn[12*i:]), le.Uint32(drawn[12*i+8:])}
+	}
+	return e
 }
 
 // deviceEpochs is where the epoch of a device is kept: in its map, which stays also
@@ -101,7 +143,8 @@ func (d *Device) Epoch() Epoch {
 // BeginEpoch draws a new epoch and makes it durable. confirmed is the last one
 // that the source says it has seen (0: none). If that is the present one, it
 // becomes Before, and Steps is how many changes of state there were in it; the new
-// epoch begins with none. Otherwise Before stays what it is, and Steps counts on
+// epoch begins with none. The same holds of one of the last few epochs that no source
+// has confirmed so far. Otherwise Before stays what it is, and Steps counts on
 // from there: the source finds out by comparing Before with what it has confirmed.
 // NoRoom errors may be tried again: the epoch is what it was.
 func (d *Device) BeginEpoch(confirmed uint64) (Epoch, error) {

@@ -66,6 +66,37 @@ func TestEpochTellsTheStatesOfADeviceApart(t *testing.T) {
 	}
 }
 
+// A source that has confirmed an epoch after it had announced its disks on a newer
+// connection, by the epoch before, knows the device all the same; not one from before
+// those, nor a copy that was made before (fault A6, traps I5 and M7).
+func TestAnEpochThatIsConfirmedLateIsKnown(t *testing.T) {
+	a := newAlive(t, 8, Options{Standby: true})
+	first := mustBegin(t, a.d, 0)
+	second := mustBegin(t, a.d, first.Now)
+	if err := a.d.Step(); err != nil {
+		t.Fatal(err)
+	}
+	third := mustBegin(t, a.d, first.Now) // announced before second was confirmed
+	a.cut(false, false)
+	if e := mustBegin(t, a.d, second.Now); e.Before != second.Now || e.Steps != 1 {
+		t.Errorf("%+v follows %+v", e, second)
+	}
+	for _, gone := range []Epoch{first, {Now: 77}} {
+		if e := mustBegin(t, a.d, gone.Now); e.Before != second.Now {
+			t.Errorf("%+v follows %+v", e, gone)
+		}
+	}
+	if e := mustBegin(t, a.d, third.Now); e.Before != third.Now || e.Steps != 0 {
+		t.Errorf("%+v follows %+v", e, third)
+	}
+	for range maxDrawn + 1 {
+		mustBegin(t, a.d, third.Now)
+	}
+	if e := mustBegin(t, a.d, third.Now); e.Before != third.Now {
+		t.Errorf("%+v follows %+v, of many connections before", e, third)
+	}
+}
+
 // Wherever the power goes: no answer was given that the epoch does not count, and
 // what is counted was at least asked for (fault A6, trap D3).
 func TestStepsAreDurableBeforeTheyAreAnswered(t *testing.T) {

@@ -20,6 +20,7 @@ const (
 	epochAt    = 2048         // in a slot
 	bondAt     = epochAt + 24 // in a slot
 	samplesAt  = bondAt + 42 + MaxStamp
+	drawnAt    = saveAt - 12*maxDrawn // in a slot
 	maxMapName = epochAt - nameAt - 2
 	maxOldName = logAt - nameAt - 2 // in a header of version 1
 
@@ -99,7 +100,8 @@ func (h header) encode() []byte {
 		b = append(b, zeroes[:epochAt-len(b)]...)
 		b = h.epoch.append(b)
 		b = h.bond.append(b)
-		b = append(b, zeroes[:saveAt-len(b)]...)
+		b = append(b, zeroes[:drawnAt-len(b)]...)
+		b = h.epoch.appendDrawn(b)
 		b = binary.LittleEndian.AppendUint64(b, h.save)
 	}
 	b = append(b, zeroes[:logAt-len(b)]...)
@@ -131,7 +133,7 @@ func decodeSlot(b []byte) (h header, err error) {
 	h.id.Generation = le.Uint64(b[72:])
 	h.log = int64(le.Uint32(b[logAt:]))
 	if h.version > 1 {
-		h.epoch = decodeEpochs(b[epochAt:])
+		h.epoch = decodeEpochs(b[epochAt:], b[drawnAt:])
 		h.save = le.Uint64(b[saveAt:])
 	}
 	name := int64(le.Uint16(b[nameAt:]))

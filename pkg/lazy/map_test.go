@@ -44,7 +44,7 @@ func useMap(t *testing.T, m *Map, o Options, f func(d *Device)) {
 
 // The bytes of docs/MAP.md.
 func TestMapHeaderBytes(t *testing.T) {
-	h := header{version: 2, seq: 7, flags: flagRevocable, state: MapLive, id: testID, epoch: epochs{now: 3, before: 4, steps: 5, beforesSteps: 6}}
+	h := header{version: 2, seq: 7, flags: flagRevocable, state: MapLive, id: testID, epoch: epochs{now: 3, before: 4, steps: 5, beforesSteps: 6, drawn: [maxDrawn]drawnEpoch{{7, 8}, {9, 10}}}}
 	b := h.encode()
 	want := "73696c6f2d6d6170" + "02000000" + "01000000" + "0700000000000000" + // magic, version, flags, sequence
 		"bc82020000000000" + "00100000" + "02000000" + // size, block size, state

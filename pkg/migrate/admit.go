@@ -166,7 +166,7 @@ func (a *admission) mistrust(c *line, why error) {
 func (a *admission) handOff() error {
 	to := make(map[string]Owner)
 	for _, c := range a.lines {
-		if _, owned := c.disk.peer.get(); owned || c.order.live != nil {
+		if _, owned := c.disk.peer.get(); owned || c.disk.clone || c.order.live != nil {
 			continue
 		}
 		to[c.disk.Name] = c.disk.peer.owner()

@@ -80,6 +80,7 @@ func (s *Source) Handoff(ctx context.Context) error {
 	case !s.hasLive():
 		h.mu.Unlock()
 		return ErrFrozen
+	case h.asked != nil: // this caller hears the outcome, too, also if it is under way
 	case h.committed:
 		h.mu.Unlock()
 		return h.awaitTaken(ctx)
@@ -109,7 +110,6 @@ func (s *Source) Handoff(ctx context.Context) error {
 func (s *Source) AbortHandoff() error {
 	h := s.hand
 	h.mu.Lock()
-	h.auto = false
 	r := h.asked
 	switch {
 	case h.committed:
@@ -119,6 +119,7 @@ func (s *Source) AbortHandoff() error {
 		h.mu.Unlock()
 		return ErrNoHandoff
 	}
+	h.auto = false
 	r.drop(errAborted)
 	h.mu.Unlock()
 	notify(h.kick)

@@ -76,6 +76,8 @@ func (d *sourceDisk) extension() *wire.Extension {
 		e.Live = true
 	case owned:
 		e.Device = last.Device
+	case d.clone:
+		e.Clone = true
 	default:
 		e.Hold = true
 	}

@@ -123,7 +123,12 @@ func TestSourceThatChangedIsRefused(t *testing.T) {
 			d.log = slog.New(slog.NewTextHandler(&dstLog, nil))
 			r.resume(t, d)
 			dev := <-ready
-			src := newSource(t, SourceOptions{Listening: true, Log: slog.New(slog.NewTextHandler(&srcLog, nil))}, SourceDisk{Name: "disk", Store: store, Identity: other})
+			ledger := new(noLedger)
+			if other.UUID == id.UUID { // it is the same disk, and noted as the destination's
+				require.NoError(t, ledger.Prepare(map[string]Owner{"disk": {Device: d.all()[0].device, Taken: true}}))
+				require.NoError(t, ledger.HandOff())
+			}
+			src := newSource(t, SourceOptions{Listening: true, Ledger: ledger, Log: slog.New(slog.NewTextHandler(&srcLog, nil))}, SourceDisk{Name: "disk", Store: store, Identity: other})
 			m := migrate(t, src, &destination{Destination: d}, newWires())
 			<-time.After(10*time.Minute - time.Second)
 			require.Equal(t, 10, dstLog.count("the source was refused; waiting for the right one"), "a line a minute")

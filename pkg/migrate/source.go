@@ -115,6 +115,7 @@ type sourceDisk struct {
 	counts counters
 	rate   speed // of what clients write
 	peer   *peerRecord
+	clone  bool // it goes to many, and each owns its copy
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -258,7 +259,7 @@ func (s *Source) session(ctx context.Context, c *caller) (bool, error) {
 	var refused *protocol.RefusedError
 	switch {
 	case errors.As(p.Err(), &refused):
-		return true, s.weigh(refused)
+		return true, s.classifyRefusal(refused)
 	case errors.As(moveErr, &fatal):
 		err = moveErr
 	case s.complete(): // however the connection ended
@@ -275,16 +276,6 @@ func (s *Source) met(hello *greeting) {
 	if s.opts.Met != nil && hello.said() {
 		s.metOnce.Do(s.opts.Met)
 	}
-}
-
-// weigh makes a refusal the end of Run if the destination that was dialled refuses
-// frozen disks that none has taken yet. A source that listens or is live waits for
-// a destination that takes them.
-func (s *Source) weigh(refused *protocol.RefusedError) error {
-	if !s.waitsForPeers() && !s.served {
-		return &FatalError{refused}
-	}
-	return refused
 }
 
 // waitsForPeers reports whether nothing that a peer does ends the source: it
