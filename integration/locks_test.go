@@ -190,10 +190,11 @@ func TestDeviceInUseIsRefusedAlsoForReading(t *testing.T) {
 		refused(t, 1, destOf(t, name, "--overwrite", "--map", filepath.Join(dir, "m")), "in use: it is mounted at "+at)
 	}
 	refused(t, 1, sourceOf(t, image), "in use: it is the file behind "+device+", and it is mounted at "+at)
-	for _, name := range []string{device, image} {
-		s := sourceOf(t, name, append(state, "--shared")...)
+	for i, name := range []string{device, image} {
+		s := sourceOf(t, name, "--shared", "--state", filepath.Join(dir, fmt.Sprint("shared", i)))
 		p := start(t, "source --shared", s[0], s[1:]...)
 		eventually(t, soon, "it warns", func() bool { return strings.Contains(p.stderr.String(), "it is mounted at "+at) })
+		waitListening(t, s[5])
 		p.signal(os.Interrupt)
 		p.wait(soon)
 	}

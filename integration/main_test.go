@@ -26,6 +26,9 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	scratch = dir
+	if os.Getenv("SILO_NBD_STATE_DIR") == "" {
+		os.Setenv("SILO_NBD_STATE_DIR", filepath.Join(dir, "state")) // as below
+	}
 	if os.Getenv("SILO_NBD_RUN_DIR") == "" {
 		os.Setenv("SILO_NBD_RUN_DIR", filepath.Join(dir, "run")) // the programs inherit it
 	}

@@ -126,14 +126,18 @@ type loopInfo struct {
 }
 
 // fromLoop names a loop device after the file behind it, which may be written
-// past the device.
+// past the device. A file that cannot be seen from here gives no name: an inode's
+// number is given again.
 func (s *Stamp) fromLoop(dir string, loop *loopInfo) {
-	s.WWID = fmt.Sprintf("loop-%d-%d-%d", loop.device, loop.inode, loop.offset)
-	var st unix.Stat_t
-	if err := unix.Stat(text(dir, "loop/backing_file"), &st); err != nil || st.Ino != loop.inode {
-		return // it has no path here
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, text(dir, "loop/backing_file"), 0, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st)
+	if err != nil || st.Ino != loop.inode {
+		return
 	}
-	s.ModTime, s.ChangeTime = st.Mtim.Nano(), st.Ctim.Nano()
+	s.ModTime, s.ChangeTime = nanoseconds(st.Mtime), nanoseconds(st.Ctime)
+	if st.Mask&unix.STATX_BTIME != 0 {
+		s.WWID = fmt.Sprintf("loop-%d-%d-%d-%d", loop.device, loop.inode, nanoseconds(st.Btime), loop.offset)
+	}
 }
 
 // text is the content of a file in a directory of sysfs, empty if there is none.

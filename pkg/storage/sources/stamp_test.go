@@ -171,6 +171,27 @@ func TestLoopDevicesWithOneNumberAreTwoDisks(t *testing.T) {
 	require.True(t, !same && known)
 }
 
+// TestALoopDeviceIsNamedAfterItsFile: one over a file that has got the inode's number
+// again is another disk (fault F1).
+func TestALoopDeviceIsNamedAfterItsFile(t *testing.T) {
+	dir, names := t.TempDir(), make(map[string]bool)
+	for range 4 {
+		t.Run("", func(t *testing.T) {
+			path := loop(t, dir, 1<<20)
+			backing, err := filepath.Glob(dir + "/backing*")
+			require.NoError(t, err)
+			defer os.Remove(backing[0]) // the next one may well be given its inode
+			for range 2 {
+				f, err := OpenFile(path, FileOptions{ReadOnly: true})
+				require.NoError(t, err)
+				names[stampOf(t, f).WWID] = true
+				require.NoError(t, f.Close())
+			}
+		})
+	}
+	require.Len(t, names, 4)
+}
+
 func TestADeviceThatIsNotCountedProvesNothing(t *testing.T) {
 	for name, c := range map[string]struct {
 		stat    string
