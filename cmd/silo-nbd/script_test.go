@@ -46,6 +46,7 @@ func params(dir, images string) testscript.Params {
 			e.Values[authorities{}] = make(map[string]*tlstest.Authority)
 			e.Values[programs{}] = make(map[string]*begun)
 			e.Setenv("IMAGES", images)
+			e.Setenv("SILO_NBD_STATE_DIR", filepath.Join(e.WorkDir, ".states"))
 			e.Setenv("SILO_NBD_RUN_DIR", filepath.Join(e.WorkDir, "run"))
 			return nil
 		},

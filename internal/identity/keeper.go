@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 
 	"github.com/silo-nbd/silo-nbd/internal/durable"
 )
@@ -26,7 +27,7 @@ func (k keeper) open(d Spec) (*entry, error) {
 		return e, err
 	}
 	if d.State == "" {
-		if err := k.adopt(e); err != nil {
+		if err := errors.Join(k.adopt(e), e.choose(k.files.Read)); err != nil {
 			return e, err
 		}
 	}
@@ -99,10 +100,41 @@ func (e *entry) swap(file durable.File) (err error) {
 	return err
 }
 
+// saveSpare puts the state file into the state directory.
+func (k keeper) saveSpare(e *entry) error {
+	if err := k.makeDir(dirOf(e.spare)); err != nil {
+		return err
+	}
+	where, lock := e.where, e.lock
+	e.where, e.lock = e.spare, nil
+	err := k.save(e)
+	if err != nil && e.lock == nil {
+		e.where, e.lock = where, lock
+		return err
+	}
+	if lock != nil {
+		err = errors.Join(err, lock.Close())
+	}
+	return err
+}
+
+// makeDir makes the state directory.
+func (k keeper) makeDir(dir string) error {
+	if k.files != durable.OS {
+		return nil
+	}
+	return os.MkdirAll(dir, 0o755)
+}
+
 // first writes the state file of a disk for the first time. A frozen disk can be
 // sent without one: then no other process has its identity.
 func (k keeper) first(e *entry, o Options) error {
 	err := k.save(e)
+	if err != nil && e.spare != "" && e.where != e.spare && (durable.ReadOnly(err) || durable.NoSpace(err)) {
+		if k.saveSpare(e) == nil {
+			return nil
+		}
+	}
 	switch {
 	case err == nil:
 		return nil

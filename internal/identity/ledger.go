@@ -139,7 +139,7 @@ func (l *Ledger) stay() error {
 		if e.state == nil || l.finished || e.unchanged() || e.unchangedSinceHandOff() {
 			continue
 		}
-		e.state.Generation, e.state.Disk = draw(), e.now
+		e.state.Generation, e.state.Disk, e.state.Met = draw(), e.now, ""
 		if err := l.save(e); err != nil {
 			return fmt.Errorf("note that %s may have changed: %w", e.disk.Path(), err)
 		}

@@ -126,6 +126,7 @@ type found struct {
 	disk   Disk
 	path   string // of the disk, without links
 	where  string // of the state file; empty: a device for which the caller did not say where
+	spare  string // where it lies if it cannot lie there; empty: nowhere
 	device string // of the note of a device; empty: none
 	now    sources.Stamp
 	state  *state // nil: there is none
@@ -146,6 +147,9 @@ func look(files durable.FS, f Disk, state string) (*found, error) {
 		}
 		if old != "" {
 			at.where = old
+		}
+		if err := at.choose(files.Read); err != nil {
+			return nil, err
 		}
 	}
 	if at.where != "" {
@@ -196,8 +200,38 @@ func locate(f Disk, state string) (at *found, err error) {
 	default:
 		// A device whose state file was not named has none beside it.
 		at.where, _ = Default(f.Path(), f.IsBlockDevice())
+		at.spare = spareState(at.path, at.now)
 	}
 	return at, nil
+}
+
+// choose takes the state file in the state directory if there is one: it was made
+// when none could be written beside the disk.
+func (at *found) choose(read func(path string) ([]byte, error)) error {
+	if at.spare == "" {
+		return nil
+	}
+	b, err := read(at.spare)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := at.read(b, err); err != nil {
+		return err
+	}
+	spare := at.state
+	at.state = nil
+	beside, err := read(at.where)
+	if !errors.Is(err, fs.ErrNotExist) {
+		if err := at.read(beside, err); err != nil {
+			return err
+		}
+		if at.state.UUID != spare.UUID {
+			return fmt.Errorf("%s has two state files, %s and %s: move the wrong one away", at.path, at.where, at.spare)
+		}
+		at.state = nil
+	}
+	at.where = at.spare
+	return nil
 }
 
 // read takes what the state file holds.

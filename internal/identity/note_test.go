@@ -244,6 +244,7 @@ func TestFrozenDiskThatIsWrittenIsSeen(t *testing.T) {
 // so that the destination compares (faults F6, A8, H3; trap I8).
 func TestDiskWithoutAStateFileHasAnIdentityOfItsOwn(t *testing.T) {
 	dir, seen := t.TempDir(), t.TempDir()
+	t.Setenv(stateDirVariable, filepath.Join(seen, "states"))
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "vm.raw"), make([]byte, 8192), 0o600))
 	bind(t, dir, seen, true)
 	vm := filepath.Join(seen, "vm.raw")
@@ -373,4 +374,38 @@ func TestNoteIsReadOfADiskThatIsInUse(t *testing.T) {
 	require.Contains(t, note.Where, "attribute")
 	_, err = NoteOf(filepath.Join(vm, "none"), "")
 	require.Error(t, err)
+}
+
+// A disk in a directory that cannot be written has its state file in the state
+// directory, by whatever name it is reached, also when the directory can be written
+// later (faults A8, H3; traps I3, I8).
+func TestStateFileOfADiskInAReadOnlyDirectoryLiesElsewhere(t *testing.T) {
+	t.Setenv(stateDirVariable, filepath.Join(t.TempDir(), "states"))
+	for _, o := range []Options{{}, {Live: true}} {
+		for _, before := range []bool{false, true} {
+			dir, seen := t.TempDir(), t.TempDir()
+			vm := filepath.Join(dir, "vm.raw")
+			require.NoError(t, os.WriteFile(vm, make([]byte, 8192), 0o600))
+			if before { // it could be written then
+				served(t, vm, "", Options{})
+			}
+			bind(t, dir, seen, true)
+			served(t, filepath.Join(seen, "vm.raw"), "", o)
+			opened(t, filepath.Join(seen, "vm.raw"), "", func(d Spec) {
+				l := mustOpen(t, []Spec{d}, o)
+				require.NoError(t, l.Lacks(0))
+				handOff(t, l, []Spec{d})
+				require.NoError(t, l.Close())
+				l = mustOpen(t, []Spec{d}, o)
+				require.True(t, l.HandedOff())
+				require.NoError(t, l.Close())
+			})
+			notServed(t, filepath.Join(seen, "vm.raw"), "")
+			notServed(t, vm, "")
+			require.NoError(t, os.Rename(vm, vm+".renamed"))
+			notServed(t, vm+".renamed", "")
+			served(t, vm+".renamed", "", Options{Reclaim: true})
+			served(t, filepath.Join(seen, "vm.raw.renamed"), "", Options{})
+		}
+	}
 }

@@ -18,7 +18,8 @@ import (
 const Suffix = ".silo-nbd-source"
 
 const (
-	// stateDirVariable names the directory for the notes of devices.
+	// stateDirVariable names the directory for the notes of devices, and for state
+	// files that cannot lie beside their disk.
 	stateDirVariable = "SILO_NBD_STATE_DIR"
 	defaultStateDir  = "/var/lib/silo-nbd"
 )
@@ -149,10 +150,28 @@ func deviceNote(now sources.Stamp) string {
 	default:
 		return ""
 	}
+	return inStateDir("device-", id, ".note")
+}
+
+// spareState is where the state file of a file lies that cannot have one beside it:
+// in the state directory, by the file's own number, so that all of its names lead
+// there. Empty: a block device, whose state file the user places.
+func spareState(path string, now sources.Stamp) string {
+	switch {
+	case now.Block:
+		return ""
+	case now.Fickle || now.Birth == 0:
+		return inStateDir("file-", fmt.Sprintf("path %s", path), ".state")
+	}
+	return inStateDir("file-", fmt.Sprintf("inode %d %d", now.Inode, now.Birth), ".state")
+}
+
+// inStateDir is the path of a file in the state directory.
+func inStateDir(prefix, id, suffix string) string {
 	dir := os.Getenv(stateDirVariable)
 	if dir == "" {
 		dir = defaultStateDir
 	}
 	sum := sha256.Sum256([]byte(id))
-	return filepath.Join(dir, "device-"+hex.EncodeToString(sum[:16])+".note")
+	return filepath.Join(dir, prefix+hex.EncodeToString(sum[:16])+suffix)
 }
