@@ -328,7 +328,9 @@ func (l *Ledger) dropStaged() error {
 	return errors.Join(errs...)
 }
 
-// Taken implements migrate.Ledger.
+// Taken implements migrate.Ledger. The mark at the disk stays as it is: it would change
+// the disk's change time, and a kill before that is in the state file would make
+// another generation of contents that the destination has begun to take.
 func (l *Ledger) Taken() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -343,12 +345,11 @@ func (l *Ledger) Taken() error {
 		}
 		h := *e.state.Handoff
 		h.Taken = true
-		err := l.mark(e, &h, false)
 		if e.watch.Unchanged(e.watch) {
 			e.state.Disk = e.watch
 		}
 		e.state.Handoff = &h
-		errs = append(errs, err, l.save(e))
+		errs = append(errs, l.save(e))
 	}
 	return noted(errors.Join(errs...))
 }

@@ -139,7 +139,10 @@ func (l *Ledger) stay() error {
 		if e.state == nil || l.finished || e.unchanged() || e.unchangedSinceHandOff() {
 			continue
 		}
-		e.state.Generation, e.state.Disk, e.state.Met = draw(), e.now, ""
+		if h := e.state.Handoff; h != nil && len(e.marks) == 0 {
+			_ = l.mark(e, h, false) // an earlier version made none; the state file says it anyway
+		}
+		e.state.Generation, e.state.Disk, e.state.Met = draw(), e.watch, ""
 		if err := l.save(e); err != nil {
 			return fmt.Errorf("note that %s may have changed: %w", e.disk.Path(), err)
 		}

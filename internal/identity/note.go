@@ -35,6 +35,8 @@ type Note struct {
 	Undecided bool
 	Where     string // what says so
 	State     string // the path of the state file; empty if it is not known
+
+	silent bool // the state file is there and does not know of the handoff
 }
 
 // NoteAt returns what is noted at a disk about who owns it: in its state file,
@@ -285,7 +287,7 @@ func (at *found) note() *Note {
 		n.Disks = append(n.Disks, d.label())
 	}
 	if at.state != nil {
-		n.State = at.where
+		n.State, n.silent = at.where, at.state.Handoff == nil
 	} else {
 		for _, m := range at.marks {
 			if m.ID == h.ID {
@@ -358,6 +360,8 @@ func (n *Note) Text() string {
 		fmt.Fprintf(&b, " at %s", n.At)
 	}
 	switch {
+	case n.Undecided && n.silent:
+		fmt.Fprintf(&b, ", or was about to: its state file (%s) does not know of it", n.State)
 	case n.Undecided:
 		fmt.Fprintf(&b, ", or was about to: its state file")
 		if n.State != "" {
