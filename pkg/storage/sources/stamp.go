@@ -22,7 +22,7 @@ type Stamp struct {
 	// Of a regular file, times in nanoseconds since 1970; the two last ones also
 	// of the file behind a loop device.
 	Inode      uint64 `json:"inode,omitempty"`
-	Fickle     bool   `json:"fickle,omitempty"` // the file system numbers inodes anew at each mount
+	Fickle     bool   `json:"fickle,omitempty"` // the file system may number the same file anew
 	Birth      int64  `json:"birth,omitempty"`
 	ModTime    int64  `json:"modtime,omitempty"`
 	ChangeTime int64  `json:"changetime,omitempty"`
@@ -83,11 +83,12 @@ func (f *File) stamp() (s Stamp, err error) {
 	return s, err
 }
 
-// fickle reports whether a type of file system has no inode numbers of its own.
+// fickle reports whether a type of file system has no inode numbers of its own, or
+// gives a file another one when it is first written.
 func fickle(magic int64) bool {
 	const exfat, cifs, smb2 = 0x2011bab0, 0xff534d42, 0xfe534d42
 	switch magic {
-	case unix.FUSE_SUPER_MAGIC, unix.MSDOS_SUPER_MAGIC, unix.V9FS_MAGIC, exfat, cifs, smb2:
+	case unix.FUSE_SUPER_MAGIC, unix.MSDOS_SUPER_MAGIC, unix.V9FS_MAGIC, unix.OVERLAYFS_SUPER_MAGIC, exfat, cifs, smb2:
 		return true
 	}
 	return false
