@@ -94,6 +94,9 @@ func (d *Disk) wrong(is *mark) (string, error) {
 // proves nothing over a restart of the host: then its samples do.
 func unchanged(was, now sources.Stamp) bool {
 	if was.Block {
+		if was.ChangeTime != 0 && now.ChangeTime != 0 && was.ChangeTime != now.ChangeTime {
+			return false // the file behind it
+		}
 		return was.BootID == "" || was.BootID != now.BootID || was.DiskSeq != now.DiskSeq || was.Unchanged(now)
 	}
 	// The file system may have another number now, and some number their inodes anew.
