@@ -64,6 +64,7 @@ func TestAnotherDeviceByTheNameIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
+			t.Setenv("SILO_NBD_STATE_DIR", dir+"/state")
 			require.NoError(t, os.WriteFile(dir+"/right", content('R', testSize), 0o600))
 			right, detach := attachLoop(t, dir+"/right")
 			require.NoError(t, os.Symlink(right, dir+"/sdb"))

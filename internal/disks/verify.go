@@ -23,9 +23,7 @@ func (d *Disk) bind(s Spec, moved bool) error {
 	}
 	vouched := moved && wrong != "" && d.Map.State() != lazy.MapComplete
 	if wrong == "" || moved {
-		// What the disk holds is not a matter of where it lies.
-		complete := d.Map.State() == lazy.MapComplete
-		if wrong, err = d.Map.Binding().Witness(d.File, d.Map.Identity(), complete); err != nil {
+		if wrong, err = d.differs(moved); err != nil {
 			return err
 		}
 	}
@@ -41,6 +39,21 @@ func (d *Disk) bind(s Spec, moved bool) error {
 		}
 	}
 	return d.Map.Bind(&backing{file: d.File, device: d.Map.Identity().Device, where: d.Map.Path()}, is.value())
+}
+
+// differs says why the contents of a disk cannot be those of its map; empty: nothing
+// does. Once it is complete others may have written it, and an operator who vouches for
+// a disk may know of a write: then only one is refused of which nothing is as it was.
+func (d *Disk) differs(moved bool) (string, error) {
+	k, complete := d.Map.Binding(), d.Map.State() == lazy.MapComplete
+	if complete && !k.Clean {
+		return "", nil // it has been written ever since
+	}
+	differ, of, err := k.Witness(d.File, d.Map.Identity())
+	if err != nil || differ == 0 || differ < of && (complete || moved) {
+		return "", err
+	}
+	return fmt.Sprintf("%d of %d blocks that its map remembers are not what they were", differ, of), nil
 }
 
 // refuse says that a disk is not the one of its map, and the ways out.

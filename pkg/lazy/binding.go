@@ -124,16 +124,20 @@ func decodeBond(b []byte, blocks int64) (k bond, err error) {
 
 // Binding returns what the map knows of its disk.
 func (m *Map) Binding() Binding {
-	k := m.header().bond
-	return k.binding()
+	h := m.header()
+	return h.binding()
 }
 
-func (k *bond) binding() Binding {
-	return Binding{
+func (h *header) binding() Binding {
+	k := &h.bond
+	b := Binding{
 		Stamp: []byte(k.stamp), Clean: k.flags&bondClean != 0,
 		Mark: k.mark, Before: k.before, Unsettled: k.flags&bondMarking != 0,
-		witness: slices.Clone(k.samples[:k.count]),
 	}
+	if h.flags&flagFailed == 0 {
+		b.witness = slices.Clone(k.samples[:k.count])
+	}
+	return b
 }
 
 // Bind ties the map to its disk, from here on. mark is the one that the disk was
@@ -209,27 +213,19 @@ func (m *Map) SetCompare(on bool) error {
 }
 
 // Witness compares the disk with samples of blocks that were durable at the last save
-// and that nobody has written since. It returns what is wrong; empty: nothing. Once the
-// device is complete others may write the disk, so then only one is wrong of which
-// nothing is as it was when the last process ended.
-func (k Binding) Witness(disk io.ReaderAt, id Identity, complete bool) (wrong string, err error) {
-	differ, n := 0, len(k.witness)
-	if complete && (!k.Clean || n < enoughSamples) {
-		return "", nil
-	}
+// and that nobody has written since, and returns how many of how many differ. After a
+// sync that failed it is not known what the disk has, and there are none.
+func (k Binding) Witness(disk io.ReaderAt, id Identity) (differ, of int, err error) {
 	for _, s := range k.witness {
 		sum, _, err := sampleAt(disk, id, s.block)
 		if err != nil {
-			return "", err
+			return 0, 0, err
 		}
 		if sum != s.sum {
 			differ++
 		}
 	}
-	if differ == 0 || complete && differ < n {
-		return "", nil
-	}
-	return fmt.Sprintf("%d of %d blocks that its map remembers are not what they were", differ, n), nil
+	return differ, len(k.witness), nil
 }
 
 // sampleAt is the sample of a block. zero says that there are only zeroes.

@@ -76,52 +76,42 @@ func TestMapKnowsItsDiskWhereverBindingEnds(t *testing.T) {
 	}
 }
 
-// Of a disk that is not complete each sample must be what it was, however its process
-// ended; of a complete one, which others may have written, one is enough (fault F1).
+// How many samples of a disk differ tells another disk, and an older state of it, from
+// the right one (fault F1).
 func TestWitnessTellsAnotherDisk(t *testing.T) {
 	a := newBound(t)
 	a.renew()
-	look := func(disk []byte, clean, complete bool) bool {
-		t.Helper()
-		m := a.opened(t)
-		k := m.Binding()
-		k.Clean = clean
-		wrong, err := k.Witness(bytes.NewReader(disk), m.Identity(), complete)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return wrong != ""
-	}
-	k := a.opened(t).Binding()
+	m := a.opened(t)
+	k := m.Binding()
 	if len(k.witness) != maxSamples || k.Clean {
 		t.Fatalf("%d samples, clean %t", len(k.witness), k.Clean)
 	}
 	good := a.disk.bytes()
-	other := bytes.Repeat([]byte{0xaa}, len(good))
-	written := bytes.Clone(other)
-	last := k.witness[len(k.witness)-1].block
-	copy(written[last*testBlock:], good[last*testBlock:][:testBlock])
 	older := bytes.Clone(good)
 	clear(older[k.witness[3].block*testBlock:][:testBlock])
 	for _, c := range []struct {
-		what           string
-		disk           []byte
-		part, complete bool // refused
+		what string
+		disk []byte
+		want int
 	}{
-		{"the disk", good, false, false},
-		{"an older state", older, true, false},
-		{"all written but one", written, true, false},
-		{"another disk", other, true, true},
-		{"zeroes", make([]byte, len(good)), true, true},
+		{"the disk", good, 0},
+		{"an older state", older, 1},
+		{"another disk", bytes.Repeat([]byte{0xaa}, len(good)), maxSamples},
+		{"zeroes", make([]byte, len(good)), maxSamples},
 	} {
-		for _, clean := range []bool{false, true} {
-			if got := look(c.disk, clean, false); got != c.part {
-				t.Errorf("%s, incomplete, clean %t: refused %t", c.what, clean, got)
-			}
-			if got := look(c.disk, clean, true); got != (c.complete && clean) {
-				t.Errorf("%s, complete, clean %t: refused %t", c.what, clean, got)
-			}
+		if differ, n, err := k.Witness(bytes.NewReader(c.disk), m.Identity()); differ != c.want || n != maxSamples || err != nil {
+			t.Errorf("%s: %d of %d samples differ (%v), want %d", c.what, differ, n, err, c.want)
 		}
+	}
+	if _, _, err := k.Witness(bytes.NewReader(good[:100]), m.Identity()); err == nil {
+		t.Error("a disk that cannot be read")
+	}
+	// After a sync that failed nobody knows what the disk has.
+	if err := m.update(func(h *header) { h.flags |= flagFailed }); err != nil {
+		t.Fatal(err)
+	}
+	if _, n, err := m.Binding().Witness(bytes.NewReader(good), m.Identity()); n != 0 || err != nil {
+		t.Errorf("%d samples after a failed sync, %v", n, err)
 	}
 }
 
@@ -248,6 +238,33 @@ func TestWitnessForgetsWhatIsTakenBack(t *testing.T) {
 	}
 }
 
+// A dirty list that ends half-way, whatever of it is in the map, leaves no sample of a block
+// that comes anew (fault F1).
+func TestWitnessForgetsWhatWasTakenBackHalfWay(t *testing.T) {
+	for n := 0; ; n++ {
+		died := false
+		for _, kept := range []span{{0, 0}, {0, headerSize}, {headerSize, 1 << 30}, {0, 1 << 30}} {
+			a := newBound(t)
+			a.renew()
+			a.p.r = rand.New(rand.NewPCG(uint64(n), 1))
+			a.p.endAt = len(a.p.done()) + n
+			_ = a.s.DirtyList([]uint32{0, 1, 2, 3, 4, 5, 6, 7}) // fails where the process dies of it
+			died = a.p.isDead()
+			a.file.keep(kept.lo, kept.hi)
+			a.cut(false, false)
+			for b := range int64(8) {
+				if !a.d.state.isLocal(b) {
+					mustWrite(t, a.s, b*testBlock, filled(0xee, testBlock))
+				}
+			}
+			a.cut(true, false) // fails the test if the disk is refused
+		}
+		if !died {
+			break
+		}
+	}
+}
+
 // A complete disk has a mark of its own, so that its map is not taken for that of the
 // disk when it was not whole (trap I6).
 func TestCompleteDiskHasAnotherMark(t *testing.T) {
@@ -311,7 +328,7 @@ func FuzzHeader(f *testing.F) {
 			t.Fatalf("accepted %+v, and written again it is %+v (%v)", h, again, err)
 		}
 		blocks := blocksOf(h.id.Size, h.id.BlockSize)
-		for _, s := range h.bond.binding().witness {
+		for _, s := range h.binding().witness {
 			if s.block < 0 || s.block >= blocks {
 				t.Fatalf("a witness of block %d of %d", s.block, blocks)
 			}

@@ -442,14 +442,17 @@ func (m *machine) wrongDisk(on *Map, p *process) error {
 	k, id := on.Binding(), on.Identity()
 	sum := sha256.Sum256(m.disk.bytes())
 	clean := k.Clean && on.State() != MapComplete
-	wrong, err := k.Witness(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, id, on.State() == MapComplete)
+	differ, n, err := k.Witness(crashDisk{handle{f: m.disk, p: p, name: "disk"}}, id)
+	if on.State() == MapComplete && (differ < n || !k.Clean) {
+		differ = 0
+	}
 	switch {
 	case err != nil:
 		return err
 	case !k.Bears(m.bears()):
 		return fmt.Errorf("the disk bears %v, and its map wants %v, or %v (%t)", m.bears(), k.Mark, k.Before, k.Unsettled)
-	case wrong != "" && !m.failed: // what a sync has failed to write may be what it was before
-		return fmt.Errorf("the witness: %s", wrong)
+	case differ > 0 && !m.failed: // what a sync has failed to write may be what it was before
+		return fmt.Errorf("the witness: %d of %d samples differ", differ, n)
 	case clean && string(k.Stamp) != string(sum[:]):
 		return fmt.Errorf("the disk is not as it was at a clean end")
 	}

@@ -63,7 +63,7 @@ func InspectHeader(path string) (*Inspection, error) {
 		return nil, fmt.Errorf("%s: %w", path, errno(err))
 	}
 	return &Inspection{
-		Identity: head.id, State: head.state, Binding: head.bond.binding(), Bindable: head.version > 1, state: newState(0),
+		Identity: head.id, State: head.state, Binding: head.binding(), Bindable: head.version > 1, state: newState(0),
 	}, nil
 }
 
@@ -84,7 +84,7 @@ func inspect(file mapFile) (*Inspection, error) {
 		Blocks: s.blocks, Fetched: local - written, Written: written, Missing: s.blocks - local,
 		Partial:    s.partial.n.Load() + s.partial.waiting.Load(),
 		BytesLocal: local * head.id.BlockSize,
-		Binding:    head.bond.binding(), Bindable: head.version > 1,
+		Binding:    head.binding(), Bindable: head.version > 1,
 		state: s,
 	}
 	if m.log != nil && head.state != MapComplete {

@@ -140,14 +140,16 @@ func (d *Device) adopt(m *Map, o Options) error {
 		return nil
 	}
 	d.mapped = true
-	if m.backing != nil {
-		d.watchBlocks(&h.bond, newGate())
-	}
 	d.saver.m, d.saver.state, d.saver.spoil = m, d.state, d.capture.spoil
 	d.state.changes = newChanges(d.state.blocks)
 	d.state.partial.changes = d.state.changes
 	if kept {
 		d.joinMirror(o.Revocable)
+	}
+	// A dirty list that ended half-way leaves samples of blocks that will come anew.
+	h.bond.drop(func(block int64) bool { return !d.state.isLocal(block) })
+	if m.backing != nil {
+		d.watchBlocks(&h.bond, newGate())
 	}
 	h.flags &^= flagRevocable
 	if o.Revocable {
