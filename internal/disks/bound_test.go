@@ -62,10 +62,13 @@ func run(t *testing.T, specs []Spec, o Options, l life) error {
 	where := d.Map.Path()
 	before, err := os.ReadFile(where)
 	require.NoError(t, err)
+	mark, err := d.Xattr(markName)
+	require.NoError(t, err)
 	require.NoError(t, dev.Close())
 	require.NoError(t, d.Close())
-	if l.kill { // nothing of a clean end is in the map
+	if l.kill { // nothing of a clean end is in the map, nor at the disk
 		require.NoError(t, os.WriteFile(where, before, 0o600))
+		require.NoError(t, unix.Setxattr(d.Path(), markName, mark, 0))
 	}
 	return nil
 }

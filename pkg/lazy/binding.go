@@ -24,7 +24,8 @@ const (
 )
 
 // Mark is what stands at a disk and in its map, so that neither is taken for that of
-// another one, or for another state of it. It is drawn anew at each start.
+// another one, or for another state of it. It is drawn anew at each start and at each
+// clean end.
 type Mark [16]byte
 
 func (m Mark) String() string { return hex.EncodeToString(m[:]) }

@@ -284,6 +284,27 @@ func TestCompleteDiskHasAnotherMark(t *testing.T) {
 	}
 }
 
+// A map that was kept while its process ran is not that of the disk any more when the
+// process has ended: it knows nothing of what was written since (trap I6).
+func TestMapOfBeforeACleanEndIsRefused(t *testing.T) {
+	a := newBound(t)
+	mustGoLive(t, a.d)
+	kept := a.opened(t).Binding()
+	if !kept.Bears(a.bears()) {
+		t.Fatalf("the disk bears %v, the map has %+v", a.bears(), kept)
+	}
+	mustWrite(t, a.d, 0, filled(9, testBlock))
+	if err := a.d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if kept.Bears(a.bears()) {
+		t.Error("the map of before is taken for the present one")
+	}
+	if k := a.opened(t).Binding(); !k.Bears(a.bears()) || !k.Clean {
+		t.Errorf("the disk bears %v, its map has %+v", a.bears(), k)
+	}
+}
+
 // Without room for the note of a clean end the end was no clean one (fault F13).
 func TestCleanEndWithoutRoomIsNoError(t *testing.T) {
 	a := newBound(t)

@@ -214,7 +214,14 @@ func (d *Device) bindCleanly() error {
 	if err != nil {
 		return err
 	}
-	stamp, err := m.backing.Stamp()
+	if !d.complete.Load() {
+		// Another mark: a map that was kept from before the end looks like one of a
+		// process that was killed then, and must not pass for the present one.
+		if err := d.flush.alone(d, func() error { return mayRetry(m.mark()) }); err != nil {
+			return err
+		}
+	}
+	stamp, err := m.backing.Stamp() // after it, since it changes the change time
 	if err != nil {
 		return err
 	}
