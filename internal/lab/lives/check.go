@@ -29,10 +29,8 @@ func (r *run) check() error {
 	if err := r.probe(); err != nil {
 		return err
 	}
-	for _, p := range r.procs {
-		if err := r.claims(p); err != nil {
-			return err
-		}
+	if err := r.ends(); err != nil {
+		return err
 	}
 	for _, p := range r.procs {
 		for _, e := range p.disks {
@@ -51,6 +49,10 @@ func (r *run) attach(p *process) error {
 	}
 	p.look()
 	for _, e := range p.disks {
+		if e.ready && !e.begun && e.file != nil {
+			e.begun = true
+			e.file.life, e.file.clean = r.nextLife(), false
+		}
 		if e.ready && !e.fresh && !e.file.dest {
 			return violatedf("takeover", "%s serves %s, which was never received", p.label, e.as)
 		}
@@ -68,7 +70,8 @@ func (r *run) attach(p *process) error {
 			p.host.files[p.host.real(e.as)] = f
 		}
 		of := src.line
-		*f = file{host: p.host, line: of, dest: true}
+		*f = file{host: p.host, line: of, dest: true, life: r.nextLife()}
+		e.begun = true
 		if r.cloneAt(p.port) {
 			f.line = of.clone(r.nextLine())
 			f.line.owner = f
@@ -121,6 +124,9 @@ func (r *run) probe() error {
 			}
 			if err := r.owns(p, e); err != nil {
 				return err
+			}
+			if !e.accepts {
+				continue
 			}
 			f.line.sure = p.pending == nil && !p.auto
 			accepting[f.line] = append(accepting[f.line], answering{p, e})
@@ -194,17 +200,29 @@ func (r *run) accepts(p *process, e *export) bool {
 
 // owns notes that a process answers writes, and looks whether it may.
 func (r *run) owns(p *process, e *export) error {
-	f, l := e.file, e.file.line
-	l.seen, e.answered = true, true
-	if l.owner == f {
+	f := e.file
+	e.answered = true
+	if f.line.owner != f && p.kind == dest {
+		r.follow(p, e)
+	}
+	l := f.line
+	l.seen = true
+	if l.owner == f || r.over {
 		return nil
 	}
 	if !l.offered {
+		// It may have answered before it was asked whether it does.
+		if e.conn != nil && !r.accepts(p, e) {
+			return nil
+		}
 		return violatedf("takeover", "%s answers writes of %s (line %d), but %s is the owner and has not handed it off",
 			p.label, e.as, l.id, r.ownerName(l))
 	}
 	if o := l.owner; o != nil {
-		o.noted, o.local = true, nil
+		o.local = nil
+	}
+	if o := l.owner; o != nil && !o.host.ro {
+		o.noted = true
 		for _, n := range o.host.namesOf(o) {
 			o.host.noted[n] = true
 		}
@@ -212,6 +230,30 @@ func (r *run) owns(p *process, e *export) error {
 	l.owner, l.offered = f, false
 	f.local, f.gone = map[int]bool{}, false
 	return nil
+}
+
+// follow lets a destination that was in standby go with the source that it has now:
+// that may have another line of the disk, such as a copy of it, and then the
+// destination has nothing of the one before.
+func (r *run) follow(p *process, e *export) {
+	f := e.file
+	for _, s := range r.procs {
+		if s.kind == dest || s.port != p.port || s.seen {
+			continue
+		}
+		for _, o := range s.disks {
+			if o.name != e.name || o.file.line == nil || o.file.line == f.line || !o.file.line.offered {
+				continue
+			}
+			switch {
+			case f.line.sure, s.kind == live && !r.accepts(s, o):
+				f.line = o.file.line
+			case s.kind != live:
+				r.over = true // either of the two may have been handed off
+			}
+			return
+		}
+	}
 }
 
 func (r *run) ownerName(l *line) string {
@@ -272,7 +314,7 @@ func (r *run) claims(p *process) error {
 	}
 	if !p.killed && !p.told && p.code() != 0 {
 		for _, e := range p.disks {
-			if f := e.file; e.answered && f != nil && f.line != nil && f.line.owner == f {
+			if f := e.file; e.answered && f != nil && f.line != nil && f.line.owner == f && !f.line.rolledBack {
 				return violatedf("outage", "%s has ended by itself with %d, and was the owner of %s", p.label, p.code(), e.as)
 			}
 		}
@@ -283,6 +325,11 @@ func (r *run) claims(p *process) error {
 			return nil
 		}
 		return r.sourceDone(p)
+	}
+	for _, e := range p.disks {
+		if f := e.file; !p.killed && f != nil && e.begun {
+			f.life, f.clean = r.nextLife(), true
+		}
 	}
 	if !p.killed && p.code() == 0 {
 		for _, e := range p.disks {
@@ -306,7 +353,7 @@ func (r *run) complete(p *process, e *export, what string) error {
 	if diff := r.holds(f); diff != "" {
 		return violatedf("false-success", "%s %s, but %s is not line %d: %s", p.label, what, e.as, f.line.id, diff)
 	}
-	f.whole = true
+	f.whole, f.life = true, r.nextLife()
 	for _, h := range r.hosts {
 		for _, o := range h.files {
 			if o != f && o.line == f.line {

@@ -45,11 +45,13 @@ func (h *host) stuck() bool { return h.full || h.ro }
 // snap is what was there of a disk at some time.
 type snap struct {
 	file         *file
+	disk         string // its name
 	dir          string // of the copies: disk, map, state
 	owner, whole bool
 	noted        [2]bool // file, state file
-	ended        bool    // the handoff that is noted has ended since, by a reclaim
-	line         *line   // as it was, if the file was the owner
+	life         int
+	ended        bool  // the handoff that is noted has ended since, by a reclaim
+	line         *line // as it was, if the file was the owner
 	of           *line
 	parts        string // which of d, m, s there were
 	attrs        map[string][]byte
@@ -145,7 +147,7 @@ func (h *host) snapshot(name, id string) error {
 	if f == nil {
 		return nil
 	}
-	s := &snap{file: f, dir: filepath.Join(h.saved, h.name+"-"+id), whole: f.whole, noted: [2]bool{f.noted, h.noted[name]}, of: f.line}
+	s := &snap{file: f, disk: diskName(name), dir: filepath.Join(h.saved, h.name+"-"+id), whole: f.whole, noted: [2]bool{f.noted, h.noted[name]}, of: f.line, life: f.life}
 	if l := f.line; l != nil && l.owner == f {
 		s.owner, s.line = true, l.clone(l.id)
 	}

@@ -26,7 +26,7 @@ var (
 	workers = flag.Int("lives.workers", 2*runtime.NumCPU(), "how many runs at once")
 	going   = flag.Bool("lives.all", false, "go on after a violation, and count them")
 	given   = flag.String("lives.bin", "", "the program that is tried (default: it is built)")
-	keeps   = flag.Bool("lives.keeps", false, "a dest that is killed has lost nothing that was acknowledged")
+	keeps   = flag.Bool("lives.keeps", true, "a dest that is killed has lost nothing that was acknowledged")
 	races   = flag.Bool("lives.race", false, "build the program with the race detector")
 	played  = flag.String("lives.play", "", "play these steps, between semicolons, and show what was said")
 	only    = flag.String("lives.story", "", "play only this story, and show what was said")

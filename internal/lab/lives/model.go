@@ -68,6 +68,9 @@ type line struct {
 	// offered reports that a source has run on the owner since it became that:
 	// only then may another file become the owner.
 	offered bool
+	// rolledBack tells that a host was rolled back to before it gave the disk away:
+	// it stops when it meets the owner.
+	rolledBack bool
 	// seen tells whether a process has been seen to answer writes.
 	seen bool
 	// sure tells that the owner is known: nothing has happened since it was seen
@@ -186,6 +189,11 @@ type file struct {
 	local map[int]bool
 	// gone tells that a source of it has ended with 0, rightly.
 	gone bool
-	// moved tells that a destination of it was ready.
+	// dest tells that a destination of it was ready.
 	dest bool
+	// life is another number after each start and each clean end of a destination:
+	// its map and the disk can only be told from those of another life. clean tells
+	// that the last one has ended in order.
+	life  int
+	clean bool
 }

@@ -30,15 +30,37 @@ type edit struct{ file, from, to string }
 
 var mutants = []mutant{
 	// A note counts only if all disks that are given have it.
-	{"A1", []edit{{"internal/identity/judge.go", `	if err := l.together(away); err != nil {
-		return false, err
+	{"A1", []edit{{"internal/identity/judge.go", `	if err := s.together(away); err != nil {
+		return false, false, err
 	}
-`, `	if len(away) < len(l.disks) {
-		return false, nil
+`, `	if len(away) < len(s) {
+		return false, false, nil
 	}
 `}}},
+	// A complete map is enough for dest.
+	{"A2", []edit{{"internal/disks/maps.go", `	if err != nil || note == nil {
+		return err
+	}
+	return fmt.Errorf("%w; nothing was changed: use it there`, `	if err != nil || note == nil || true {
+		return err
+	}
+	return fmt.Errorf("%w; nothing was changed: use it there`}}},
+	// A frozen disk is bound to no destination.
+	{"A4", []edit{
+		{"pkg/migrate/live.go", "	case owned:\n		e.Device", "	case owned && d.Live != nil:\n		e.Device"},
+		{"pkg/migrate/admit.go", "if err := last.owns(c.told); err != nil {", "if err := last.owns(c.told); err != nil && c.disk.Live != nil {"},
+		{"pkg/migrate/admit.go", "	if !last.Taken {", "	if !last.Taken || !c.told.Live {"},
+		{"internal/identity/handoff.go", "if h.Owner != deviceDigits(o.Device) {", "if l.live && h.Owner != deviceDigits(o.Device) {"},
+	}},
 	// A generation is the one after the last.
 	{"A5", []edit{{"internal/identity/state.go", "	s.Generation = draw()\n", "	s.Generation++\n"}}},
+	// A destination is known by its device alone, whatever state that is in.
+	{"A6", []edit{
+		{"pkg/migrate/peer.go", "	case t.Epoch.Before != p.Epoch, t.Epoch.Steps-p.Steps > p.Pending:", "	case false:"},
+		{"pkg/migrate/peer.go", "	if p.Taken && p.Epoch != 0 && !t.Live {", "	if false {"},
+	}},
+	// A map is tied to no disk.
+	{"F1", []edit{{"internal/disks/verify.go", "	if wrong != \"\" {\n		return d.refuse(wrong, moved)\n	}", "	if false {\n		return d.refuse(wrong, moved)\n	}"}}},
 }
 
 // TestMutants shows that the model is worth something: it finds known faults

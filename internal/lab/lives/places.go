@@ -36,12 +36,13 @@ func (r *run) restore(w []string) (bool, error) {
 	if was != nil && r.inUse(was) || strings.Contains(which, "m") && !strings.Contains(s.parts, "m") || h.stuck() {
 		return false, nil
 	}
-	if was == nil && !strings.Contains(which, "d") {
+	if was == nil && !strings.Contains(which, "d") || s.disk != diskName(n) {
 		return false, nil
 	}
 	r.weird = true
 	if was != nil {
 		r.doubt(was)
+		r.over = r.over || s.unseen(was, which, inPlace, withAttrs)
 	}
 	if err := s.put(h, n, which, inPlace && was != nil, withAttrs); err != nil {
 		return true, err
@@ -94,10 +95,19 @@ func (r *run) restore(w []string) (bool, error) {
 	return true, nil
 }
 
+// unseen reports whether nothing can tell that a part of a destination's disk was
+// put back: a map or a disk of the life that was killed last, a disk that lies in the
+// same file with the same attributes, or a complete one that others may write.
+func (s *snap) unseen(was *file, which string, inPlace, withAttrs bool) bool {
+	disk, itsMap := strings.Contains(which, "d"), strings.Contains(which, "m")
+	same := s.life == was.life || disk && inPlace && !withAttrs
+	return was.dest && disk != itsMap && same && (!disk || inPlace) && (!was.clean || was.whole)
+}
+
 // fork lets a file live on beside the owner, as it was at some time.
 func (r *run) fork(f *file, was *line) {
 	f.line = was.clone(r.nextLine())
-	f.line.owner = f
+	f.line.owner, f.line.rolledBack = f, true
 }
 
 // onlyBeside is a restore of what lies beside a disk.
@@ -230,6 +240,7 @@ func (r *run) hardLink(w []string) (bool, error) {
 	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.stuck() {
 		return false, nil
 	}
+	r.weird = true // its state file has one of the names
 	if err := os.Link(h.path(w[1]), h.path(w[2])); err != nil {
 		return true, err
 	}

@@ -64,6 +64,7 @@ type export struct {
 	probe   chan error
 	accepts bool // the last probe was answered without an error
 	ready   bool // it has said so
+	begun   bool // its file is in another life
 	// answered tells that a write was answered once.
 	answered bool
 	fresh    bool // what the file holds is to be replaced, or there is none

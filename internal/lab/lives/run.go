@@ -21,6 +21,7 @@ type run struct {
 	ports   map[string]*port
 	procs   []*process
 	lines   int
+	lives   int
 	tokens  token
 	sockets int
 	started int
@@ -107,6 +108,7 @@ func (r *run) end() {
 }
 
 func (r *run) nextLine() int    { r.lines++; return r.lines }
+func (r *run) nextLife() int    { r.lives++; return r.lives }
 func (r *run) nextToken() token { r.tokens++; return r.tokens }
 
 func (r *run) contents(disk string) []token { return make([]token, r.sizes[disk]) }
@@ -152,6 +154,9 @@ func (r *run) step(text string) error {
 	if !ok {
 		return fmt.Errorf("%q: no such step", text)
 	}
+	if err := r.ends(); err != nil { // what happened before the step
+		return err
+	}
 	made, err := do(r, words[1:])
 	if made {
 		r.done = append(r.done, text)
@@ -161,6 +166,16 @@ func (r *run) step(text string) error {
 	}
 	r.poll()
 	return r.check()
+}
+
+// ends looks at the processes that have ended.
+func (r *run) ends() error {
+	for _, p := range r.procs {
+		if err := r.claims(p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // poll takes the answers to what was asked for before.
@@ -177,10 +192,10 @@ func (r *run) poll() {
 	}
 }
 
-// inUse reports whether a process that runs has a file.
+// inUse reports whether a process has a file, and has not been seen to end.
 func (r *run) inUse(f *file, but ...kind) bool {
 	for _, p := range r.procs {
-		if p.running() && p.uses(f) && (len(but) == 0 || p.kind != but[0]) {
+		if !p.seen && p.uses(f) && (len(but) == 0 || p.kind != but[0]) {
 			return true
 		}
 	}

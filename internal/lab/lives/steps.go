@@ -92,10 +92,16 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 	if p.hasEnded() {
 		return true, nil
 	}
+	if err := r.ends(); err != nil { // of those that had the disks before
+		return true, err
+	}
 	for _, e := range p.disks {
 		l := e.file.line
 		if l == nil {
 			continue
+		}
+		if k != golden && p.host.ro && !exists(p.host.path(p.host.real(e.as))+stateSuffix) {
+			l = r.nameless(e.file)
 		}
 		if p.reclaim {
 			r.weird = true
@@ -111,6 +117,20 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 	// Destinations that wait for it go on.
 	within(again, func() bool { return p.hasEnded() || p.out.has("msg=sending") || !r.awaited(p) })
 	return true, nil
+}
+
+// nameless is a disk whose identity cannot be kept: for each process it is another one.
+func (r *run) nameless(f *file) *line {
+	l := f.line
+	if l.owner != f && l.owner != nil && f.host.knows(f.host.namesOf(f)[0]) {
+		return l
+	}
+	if l.owner == f {
+		l.owner, l.offered = nil, true // whoever the last process has met
+	}
+	f.line = l.clone(r.nextLine())
+	f.line.owner = f
+	return f.line
 }
 
 // awaited reports whether a destination waits for a source.
