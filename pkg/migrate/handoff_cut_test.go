@@ -62,6 +62,10 @@ func runHandoffCut(t *testing.T, n int64, toDest bool, dies string) (fired bool)
 		w.wg.Go(func() { w.guestLoop(w.guests[0], writer, 3*time.Millisecond) })
 	}
 	<-time.After(150 * time.Millisecond)
+	if dies == "destination, and a copy comes" {
+		w.rollBackDest() // makes the copy
+		<-time.After(150 * time.Millisecond)
+	}
 	_ = w.src.Handoff(w.ctx) // it may come to nothing
 	if cut.Load() {
 		switch dies {
@@ -69,6 +73,8 @@ func runHandoffCut(t *testing.T, n int64, toDest bool, dies string) (fired bool)
 			w.killSource()
 		case "destination":
 			w.killDest()
+		case "destination, and a copy comes":
+			w.copyComes()
 		}
 	}
 	w.finish()
@@ -78,16 +84,34 @@ func runHandoffCut(t *testing.T, n int64, toDest bool, dies string) (fired bool)
 	return cut.Load()
 }
 
+// copyComes starts a copy of the destination from before the handoff began in its
+// place for a while. If the disks were handed off it must not go live.
+func (w *world) copyComes() {
+	w.life.Lock()
+	defer w.life.Unlock()
+	w.stopDest()
+	original := w.copyDest()
+	w.restoreDest(w.before)
+	w.startDest()
+	<-time.After(time.Second)
+	if dev := w.devs[w.guests[0].name]; w.src.HandedOff() && isLive(dev) {
+		w.t.Error("a copy has become an owner, too")
+	}
+	w.stopDest()
+	w.restoreDest(original)
+	w.startDest()
+}
+
 // TestHandoffMayBreakAtEveryByte is trap M7: the connection breaks at any byte of
 // either direction, and either side may die at that moment. There are never two
-// owners, there is one in the end, and it has all that was written.
+// owners, there is one in the end, and it has all that was written (also trap I5).
 func TestHandoffMayBreakAtEveryByte(t *testing.T) {
 	stride := int64(1511)
 	if *everyByte {
 		stride = 1
 	}
 	for _, toDest := range []bool{true, false} {
-		for _, dies := range []string{"nobody", "source", "destination"} {
+		for _, dies := range []string{"nobody", "source", "destination", "destination, and a copy comes"} {
 			t.Run(fmt.Sprintf("toDest=%v/%s", toDest, dies), func(t *testing.T) {
 				for n := rand.Int64N(stride); ; n += stride {
 					fired := false

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -163,39 +164,54 @@ func (d *volatileDisk) fail(rnd *rand.Rand) *volatileDisk {
 	return next
 }
 
-// memLedger is a state file of the source.
+// memLedger is the state files of the source.
 type memLedger struct {
-	mu         sync.Mutex
-	generation uint64
 	noLedger
-	staged  map[string]Owner
-	to      map[string]Owner // not nil: handed off
-	failing int              // so many HandOffs fail
+	file       sync.Mutex
+	generation uint64 // guarded by file
+	failing    int    // guarded by file; so many writes fail
+}
+
+var errNoRoomForState = errors.New("no room for the state file")
+
+func (l *memLedger) fail() error {
+	l.file.Lock()
+	defer l.file.Unlock()
+	if l.failing == 0 {
+		return nil
+	}
+	l.failing--
+	return errNoRoomForState
+}
+
+func (l *memLedger) setFailing(n int) {
+	l.file.Lock()
+	defer l.file.Unlock()
+	l.failing = n
+}
+
+func (l *memLedger) Confirm(disk string, o Owner) error {
+	if err := l.fail(); err != nil {
+		return err
+	}
+	return l.noLedger.Confirm(disk, o)
 }
 
 func (l *memLedger) Prepare(to map[string]Owner) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.staged = to
-	return nil
-}
-
-func (l *memLedger) HandOff() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.to = l.staged // how far it comes when it fails is not known
-	if l.failing > 0 {
-		l.failing--
-		return errors.New("no room for the state file")
+	if err := l.fail(); err != nil {
+		return err
 	}
-	return nil
+	return l.noLedger.Prepare(to)
 }
 
-func (l *memLedger) TakeBack() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.to = nil
-	return nil
+// HandOff fails when it is not known how far it came.
+func (l *memLedger) HandOff() error { return errors.Join(l.noLedger.HandOff(), l.fail()) }
+
+func (l *memLedger) Taken() error {
+	if err := l.fail(); err != nil {
+		return err
+	}
+	return l.noLedger.Taken()
 }
 
 // guest is the virtual machine's view of one disk.
@@ -213,6 +229,7 @@ type world struct {
 	lag       time.Duration
 	rate      int64
 	auto      bool
+	rolls     bool // the destination is rolled back now and then
 	dir       string
 	ledger    *memLedger
 	guests    []*guest
@@ -237,6 +254,8 @@ type world struct {
 	dstDone          chan error
 
 	model sync.Mutex // guards want and moved
+
+	before map[string]copied // of the destination, made at some moment before the handoff; nil: none
 
 	parts sync.Mutex
 	// Guarded by parts, since a source may bring a disk at any time:
@@ -332,18 +351,20 @@ func (w *world) startSource() {
 	l := w.ledger
 	w.trs = make(map[string]*Tracker)
 	var all []SourceDisk
-	l.mu.Lock()
-	if l.to == nil {
+	_, gone := l.Owner(w.guests[0].name)
+	l.file.Lock()
+	if !gone {
 		l.generation++
 	}
 	for i, g := range w.guests {
-		tr, err := NewTracker(w.stores[g.name], TrackerOptions{HandedOff: l.to != nil, Owner: l.to[g.name].Device})
+		owner, _ := l.Owner(g.name)
+		tr, err := NewTracker(w.stores[g.name], TrackerOptions{HandedOff: gone, Owner: owner.Device})
 		require.NoError(w.t, err)
 		w.trs[g.name] = tr
 		id := Identity{UUID: [16]byte{9, byte(i)}, Generation: l.generation}
 		all = append(all, SourceDisk{Name: g.name, Live: tr, Identity: id})
 	}
-	l.mu.Unlock()
+	l.file.Unlock()
 	src, err := NewSource(all, SourceOptions{BlockSize: w.blockSize, Rate: w.rate, Listening: true, AutoHandoff: w.auto, Ledger: w.ledger})
 	require.NoError(w.t, err)
 	w.src = src
@@ -417,11 +438,68 @@ func (w *world) startDest() {
 	w.wg.Go(func() { done <- dst.Run(ctx, from(w.wires.dst)) })
 }
 
+// copied is a copy of a disk of the destination and of its map.
+type copied struct{ disk, mapped []byte }
+
+// copyDest copies what the destination has; its power is gone.
+func (w *world) copyDest() map[string]copied {
+	all := make(map[string]copied)
+	for _, g := range w.guests {
+		m, err := os.ReadFile(w.mapPath(g.name))
+		if d, _ := w.part(g.name); err == nil && d != nil {
+			all[g.name] = copied{slices.Clone(d.durable), m}
+		}
+	}
+	return all
+}
+
+// restoreDest makes what the destination has what it was.
+func (w *world) restoreDest(all map[string]copied) {
+	w.parts.Lock()
+	defer w.parts.Unlock()
+	for name, c := range all {
+		require.NoError(w.t, os.WriteFile(w.mapPath(name), c.mapped, 0o600))
+		d := newVolatileDisk(int64(len(c.disk)))
+		copy(d.cache, c.disk)
+		copy(d.durable, c.disk)
+		w.disks[name] = d
+	}
+}
+
+// rollBackDest is killDest, after which the destination is what it was at an earlier
+// one, if the disks were not handed off since. If they were, what its clients flushed
+// would be lost, which is no fault of ours.
+func (w *world) rollBackDest() {
+	w.life.Lock()
+	defer w.life.Unlock()
+	for _, g := range w.guests {
+		if _, dev := w.part(g.name); dev != nil {
+			require.NoError(w.t, dev.Sync()) // so that what it has is claimed
+		}
+	}
+	w.stopDest()
+	<-time.After(time.Second) // a handoff that was under way has come to something
+	switch {
+	case w.src.HandedOff():
+	case w.before != nil && w.rnd.IntN(3) > 0:
+		w.restoreDest(w.before)
+	default:
+		w.before = w.copyDest()
+	}
+	w.startDest()
+}
+
 // killDest cuts the destination's power, and starts it again. What a guest
 // wrote there was flushed.
 func (w *world) killDest() {
 	w.life.Lock()
 	defer w.life.Unlock()
+	w.stopDest()
+	w.startDest()
+}
+
+// stopDest cuts the destination's power. The caller holds life.
+func (w *world) stopDest() {
 	for _, g := range w.guests {
 		if _, dev := w.part(g.name); dev != nil && w.moved[g.name] {
 			require.NoError(w.t, dev.Sync())
@@ -440,7 +518,6 @@ func (w *world) killDest() {
 	w.parts.Lock()
 	w.disks = fresh
 	w.parts.Unlock()
-	w.startDest()
 }
 
 // powerOff cuts the power of the disks that are not in fresh, in their order,
