@@ -27,7 +27,7 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *c
 	}
 	if ledger.Finished() {
 		for i, file := range files {
-			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off, --clone sends it to any number of destinations",
+			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off; an image that is to go to several destinations wants --clone from the start",
 				"disk", file.Path(), "owner", ledger.Note(i).Text())
 		}
 		return nil, ledger.Close()
