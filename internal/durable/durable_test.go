@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -116,4 +118,23 @@ func TestWhatAFileSystemCannotDoIsNoFailure(t *testing.T) {
 		require.False(t, noDirSync(err) || noLocks(err), err)
 	}
 	require.Error(t, SyncDir(filepath.Join(t.TempDir(), "none")))
+}
+
+// Of processes that make the same file at the same time one has it.
+func TestOnlyOneClaimsAName(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	var won atomic.Int32
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			f, err := Replace(OS, path, []byte("mine"), true)
+			if err == nil {
+				won.Add(1)
+				defer func() { require.NoError(t, f.Close()) }()
+			}
+		})
+	}
+	wg.Wait()
+	require.EqualValues(t, 1, won.Load())
+	require.Equal(t, []string{"state"}, dirNames(t, filepath.Dir(path)))
 }

@@ -181,7 +181,10 @@ func (s set) replaced() error {
 		was.ChangeTime, now.ChangeTime = 0, 0
 		rebooted := now.Block && was.BootID != now.BootID // the count of sectors begins anew
 		was.BootID = now.BootID
-		if e.kin == kinSame && (was == now || rebooted) {
+		if was.Birth != 0 {
+			was.Dev = now.Dev // a file system may get another number when it is mounted again
+		}
+		if was == now || rebooted && e.kin == kinSame {
 			continue
 		}
 		return fmt.Errorf("%w: the destination has all of it as it was then, but what is here now was written or replaced since, and was not sent: "+

@@ -159,7 +159,7 @@ func (k keeper) mark(e *entry, h *handoff, staged bool) error {
 
 // unmark removes what mark has made.
 func (k keeper) unmark(e *entry) error {
-	err := e.touch(func() error { return removeMarks(k.files, e.disk, e.device) })
+	err := e.touch(func() error { return removeMarks(k.files, e.disk, e.device, e.loop) })
 	if err == nil {
 		e.marks = nil
 	}

@@ -78,7 +78,7 @@ func decodeMark(where string, b []byte) (*mark, error) {
 }
 
 // readMarks returns the marks of a disk.
-func readMarks(files durable.FS, d Disk, note string) ([]*mark, error) {
+func readMarks(files durable.FS, d Disk, notes ...string) ([]*mark, error) {
 	var marks []*mark
 	add := func(where string, b []byte) error {
 		m, err := decodeMark(where, b)
@@ -96,17 +96,19 @@ func readMarks(files durable.FS, d Disk, note string) ([]*mark, error) {
 			return nil, err
 		}
 	}
-	if note == "" {
-		return marks, nil
+	for _, note := range notes {
+		if note == "" {
+			continue
+		}
+		b, err = files.Read(note)
+		if err == nil {
+			err = add(note, b)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
 	}
-	b, err = files.Read(note)
-	switch {
-	case err == nil:
-		err = add(note, b)
-	case errors.Is(err, fs.ErrNotExist):
-		err = nil
-	}
-	return marks, err
+	return marks, nil
 }
 
 // noPlace reports whether err says that a mark cannot be kept in a place at all.
@@ -150,7 +152,7 @@ func writeNote(files durable.FS, note string, b []byte) error {
 }
 
 // removeMarks removes the marks of a disk. They must count no more by then.
-func removeMarks(files durable.FS, d Disk, note string) error {
+func removeMarks(files durable.FS, d Disk, notes ...string) error {
 	b, err := d.Xattr(attribute)
 	if err == nil && b != nil {
 		if err = d.RemoveXattr(attribute); err == nil {
@@ -160,15 +162,20 @@ func removeMarks(files durable.FS, d Disk, note string) error {
 	if noPlace(err) {
 		err = nil
 	}
-	if note == "" {
-		return err
+	for _, note := range notes {
+		if note == "" {
+			continue
+		}
+		if _, missing := files.Read(note); errors.Is(missing, fs.ErrNotExist) {
+			continue
+		}
+		gone := files.Remove(note)
+		if gone == nil {
+			gone = files.SyncDir(filepath.Dir(note))
+		}
+		if !noPlace(gone) {
+			err = errors.Join(err, gone)
+		}
 	}
-	gone := files.Remove(note)
-	if gone == nil {
-		gone = files.SyncDir(filepath.Dir(note))
-	}
-	if errors.Is(gone, fs.ErrNotExist) || noPlace(gone) {
-		gone = nil
-	}
-	return errors.Join(err, gone)
+	return err
 }

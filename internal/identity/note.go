@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -77,13 +76,7 @@ func (s seen) Path() string        { return s.path }
 func (s seen) Size() uint64        { return uint64(s.info.Size()) }
 func (s seen) IsBlockDevice() bool { return false }
 
-func (s seen) Stamp() (sources.Stamp, error) {
-	st, ok := s.info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return sources.Stamp{}, errors.ErrUnsupported
-	}
-	return sources.Stamp{Size: s.Size(), Dev: uint64(st.Dev), Inode: st.Ino, ModTime: st.Mtim.Nano(), ChangeTime: st.Ctim.Nano()}, nil
-}
+func (s seen) Stamp() (sources.Stamp, error) { return sources.StampOf(s.path) }
 
 func (s seen) Xattr(name string) ([]byte, error) {
 	b := make([]byte, 4096)
@@ -115,7 +108,7 @@ func endNote(files durable.FS, f Disk, state string) error {
 		err = at.endState(files)
 	}
 	if err == nil && len(at.marks) > 0 {
-		err = removeMarks(files, f, at.device)
+		err = removeMarks(files, f, at.device, at.loop)
 	}
 	if err != nil {
 		return fmt.Errorf("note that %s has come back: %w", f.Path(), err)
@@ -130,6 +123,8 @@ type found struct {
 	where  string // of the state file; empty: a device for which the caller did not say where
 	spare  string // where it lies if it cannot lie there; empty: nowhere
 	device string // of the note of a device; empty: none
+	loop   string // of the note of a loop device over the file; empty: it is not a file
+	behind string // of the file behind a loop device; empty: none
 	now    sources.Stamp
 	state  *state // nil: there is none
 	kin    kinship
@@ -194,7 +189,9 @@ func locate(f Disk, state string) (at *found, err error) {
 		return nil, err
 	}
 	if f.IsBlockDevice() {
-		at.device = deviceNote(at.now)
+		at.device, at.behind = deviceNote(at.now), backingFile(at.now)
+	} else {
+		at.loop = loopNote(at.now)
 	}
 	switch {
 	case state != "":
@@ -252,7 +249,16 @@ func (at *found) read(b []byte, err error) error {
 }
 
 func (at *found) readMarks(files durable.FS) (err error) {
-	at.marks, err = readMarks(files, at.disk, at.device)
+	at.marks, err = readMarks(files, at.disk, at.device, at.loop)
+	if err != nil || at.behind == "" {
+		return err
+	}
+	b, err := seen{path: at.behind}.Xattr(attribute)
+	if err != nil || b == nil {
+		return nil // it has no path here, or bears none
+	}
+	m, err := decodeMark(at.behind+" (attribute "+attribute+")", b)
+	at.marks = append(at.marks, m)
 	return err
 }
 

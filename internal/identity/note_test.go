@@ -184,6 +184,29 @@ func TestHandedOffDeviceIsNotServedByAnotherNode(t *testing.T) {
 	served(t, device, state, Options{})
 }
 
+// A loop device and the file behind it are one disk, whichever was handed off
+// (fault H1; trap I1).
+func TestLoopDeviceAndItsFileAreOneDisk(t *testing.T) {
+	t.Setenv(stateDirVariable, filepath.Join(t.TempDir(), "states"))
+	for _, byDevice := range []bool{false, true} {
+		dir := t.TempDir()
+		file, state := filepath.Join(dir, "vm.raw"), filepath.Join(dir, "loop.state")
+		require.NoError(t, os.WriteFile(file, make([]byte, 1<<20), 0o600))
+		device := loop(t, file)
+		if byDevice {
+			opened(t, device, state, func(d Spec) { move(t, []Spec{d}, Options{}) })
+			notServed(t, file, "")
+			served(t, file, "", Options{Reclaim: true})
+			served(t, file, "", Options{})
+		} else {
+			opened(t, file, "", func(d Spec) { move(t, []Spec{d}, Options{}) })
+			notServed(t, device, state)
+			served(t, device, state, Options{Reclaim: true})
+			served(t, device, state, Options{})
+		}
+	}
+}
+
 // A disk that has come back is served again without force (fault H12; trap I2).
 func TestDiskThatCameBackIsServedAgain(t *testing.T) {
 	dir := t.TempDir()
@@ -402,6 +425,9 @@ func TestStateFileOfADiskInAReadOnlyDirectoryLiesElsewhere(t *testing.T) {
 			})
 			notServed(t, filepath.Join(seen, "vm.raw"), "")
 			notServed(t, vm, "")
+			note, err := NoteOf(vm, "")
+			require.NoError(t, err)
+			require.NotNil(t, note)
 			require.NoError(t, os.Rename(vm, vm+".renamed"))
 			notServed(t, vm+".renamed", "")
 			served(t, vm+".renamed", "", Options{Reclaim: true})

@@ -153,6 +153,25 @@ func deviceNote(now sources.Stamp) string {
 	return inStateDir("device-", id, ".note")
 }
 
+// loopNote is where the note of a loop device over all of a file would lie: who
+// names the file names the same disk.
+func loopNote(now sources.Stamp) string {
+	if now.Birth == 0 {
+		return "" // then no loop device over it has a name of its own
+	}
+	return inStateDir("device-", fmt.Sprintf("wwid loop-%d-%d-%d-0 ", now.Dev, now.Inode, now.Birth), ".note")
+}
+
+// backingFile is the path of the file behind a loop device; empty: it is none, or
+// its file has no path here.
+func backingFile(now sources.Stamp) string {
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/loop/backing_file", unix.Major(now.Dev), unix.Minor(now.Dev)))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}
+
 // spareState is where the state file of a file lies that cannot have one beside it:
 // in the state directory, by the file's own number, so that all of its names lead
 // there. Empty: a block device, whose state file the user places.

@@ -1,6 +1,7 @@
 package sources
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -60,16 +61,39 @@ func (f *File) stamp() (s Stamp, err error) {
 	if f.block != nil {
 		return f.block.stamp(f)
 	}
+	err = control(f.raw, func(fd int) (err error) {
+		s, err = fileStamp(fd)
+		return err
+	})
+	return s, err
+}
+
+// StampOf takes the stamp of a regular file that others may have open. It neither
+// opens it for reading nor locks it.
+func StampOf(path string) (Stamp, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return Stamp{}, fmt.Errorf("%s: look at it: %w", path, err)
+	}
+	defer unix.Close(fd) // only looked at
+	s, err := fileStamp(fd)
+	if err != nil {
+		return Stamp{}, fmt.Errorf("%s: look at it: %w", path, err)
+	}
+	return s, nil
+}
+
+func fileStamp(fd int) (s Stamp, err error) {
 	var st unix.Statx_t
 	var fs unix.Statfs_t
-	err = control(f.raw, func(fd int) error {
-		if err := unix.Fstatfs(fd, &fs); err != nil {
-			return err
-		}
-		return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st)
-	})
-	if err != nil {
+	if err := unix.Fstatfs(fd, &fs); err != nil {
 		return s, err
+	}
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st); err != nil {
+		return s, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return s, errors.New("it is not a regular file")
 	}
 	s = Stamp{
 		Size: st.Size, Dev: unix.Mkdev(st.Dev_major, st.Dev_minor),

@@ -273,3 +273,15 @@ func TestOpeningADiskIsNotAWrite(t *testing.T) {
 	require.True(t, again.CanZeroFast() || !f.CanZeroFast())
 	require.True(t, s.Unchanged(stampOf(t, again)))
 }
+
+func TestStampOfAFileThatIsNotOpened(t *testing.T) {
+	dir := t.TempDir()
+	f := create(t, filepath.Join(dir, "disk"), 1<<20)
+	s, err := StampOf(f.Path())
+	require.NoError(t, err)
+	require.Equal(t, stampOf(t, f), s)
+	for _, path := range []string{dir, filepath.Join(dir, "none")} {
+		_, err = StampOf(path)
+		require.ErrorContains(t, err, path)
+	}
+}
