@@ -82,7 +82,7 @@ func watchStatus(ctx context.Context, c *control.Client, out io.Writer, asJSON b
 		switch {
 		case ctx.Err() != nil:
 			return nil // Ctrl-C
-		case asked && errors.Is(err, control.ErrGone):
+		case asked && (errors.Is(err, control.ErrGone) || errors.Is(err, control.ErrCut)):
 			return nil // it has ended
 		case err != nil:
 			return err
@@ -96,25 +96,33 @@ func watchStatus(ctx context.Context, c *control.Client, out io.Writer, asJSON b
 }
 
 func newHandoffCommand() *cobra.Command {
-	var abort bool
+	var abort, force bool
 	cmd := controlCommand(&cobra.Command{
-		Use:   "handoff --control PATH [--abort]",
+		Use:   "handoff --control PATH [--abort | --force]",
 		Short: "Hand the disks of a running source over to the destination",
 		Long: `Hands the disks that a source serves over to the destination, and returns when they are
 the destination's. What has not arrived follows. Ctrl-C takes it back if it has not gone too
-far; --abort does so for one that somebody else has asked for.`,
+far; --abort does so for one that somebody else has asked for. One to a destination that is
+known to have no room is refused, since what is written there would fail, unless --force
+is given.`,
 		Args: arguments(),
 	}, func(ctx context.Context, c *control.Client, out io.Writer, _ []string) error {
-		do, done := c.Handoff, "handed over"
-		if abort {
-			do, done = c.Abort, "aborted: the disks are served here as before"
+		err, done := error(nil), "handed over"
+		switch {
+		case abort && force:
+			return usagef("--abort and --force: want only one of them")
+		case abort:
+			err, done = c.Abort(ctx), "aborted: the disks are served here as before"
+		default:
+			err = c.HandoffWith(ctx, control.HandoffArguments{Force: force})
 		}
-		if err := do(ctx); err != nil {
+		if err != nil {
 			return err
 		}
-		_, err := fmt.Fprintln(out, done)
+		_, err = fmt.Fprintln(out, done)
 		return err
 	})
+	cmd.Flags().BoolVar(&force, "force", false, "hand over also to a destination that has no room")
 	cmd.Flags().BoolVar(&abort, "abort", false, "take back a handoff that is under way")
 	return cmd
 }

@@ -33,7 +33,7 @@ func newDestCommand() *cobra.Command {
 
   ready NAME URI
 
-for each disk as soon as it can be attached. Reads of blocks that have not arrived wait
+for each disk as soon as it can be attached, NAME escaped as in the URI. Reads of blocks that have not arrived wait
 for them and ask the source for them; writes never wait. When all is complete it serves
 on until SIGTERM, unless --exit-when-complete or --run is given.
 

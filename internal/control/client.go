@@ -19,6 +19,10 @@ import (
 // each of the disks, of which there are a few hundred at most.
 const maxAnswer = 4 << 20
 
+// ErrCut says that the process has closed the connection without an answer, as one
+// that ends does.
+var ErrCut = errors.New("it has closed the connection without an answer: its log may say why")
+
 // ErrGone says that nobody serves the control socket.
 var ErrGone = errors.New("nobody serves it: is silo-nbd running, with this --control?")
 
@@ -53,7 +57,12 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 // Handoff hands the disks over, and returns when the destination has them. That
 // may take long.
 func (c *Client) Handoff(ctx context.Context) error {
-	return c.call(ctx, http.MethodPost, "handoff", nil, nil)
+	return c.HandoffWith(ctx, HandoffArguments{})
+}
+
+// HandoffWith is Handoff with arguments.
+func (c *Client) HandoffWith(ctx context.Context, args HandoffArguments) error {
+	return c.call(ctx, http.MethodPost, "handoff", args, nil)
 }
 
 // Abort ends a handoff that has not gone too far.
@@ -144,7 +153,7 @@ func bare(err error) error {
 	var netErr *net.OpError
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
-		return errors.New("it has closed the connection without an answer: its log may say why")
+		return ErrCut
 	case errors.As(err, &netErr):
 		return netErr.Err
 	case errors.Unwrap(err) != nil:

@@ -2,9 +2,11 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/silo-nbd/silo-nbd/internal/progress"
@@ -136,6 +138,8 @@ func (r *reading) judge() (state, detail string) {
 		return StateWaitingForSource, ""
 	case !r.Connected:
 		return StateWaitingForDest, ""
+	case errors.Is(r.Err, migrate.ErrFull), r.role == RoleDest && errors.Is(r.Err, syscall.ENOSPC):
+		return StateNoRoom, ""
 	case r.missing() == 0 && r.precopy():
 		return StateReady, ""
 	case r.missing() == 0 && r.DiskStatus.State == migrate.StateStandby:

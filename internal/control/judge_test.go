@@ -3,7 +3,9 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,6 +28,8 @@ func TestStatesAreHonest(t *testing.T) {
 	pass := func(n int, writes int64) *Live { return &Live{Pass: n, WriteRate: writes, LinkRate: 180 * mib} }
 	waits := moving(500*mib, nil)
 	waits.DiskStatus.State = migrate.StateStandby
+	full, fullHere := moving(999*mib, pass(2, 1)), moving(500*mib, nil)
+	full.Err, fullHere.Err = fmt.Errorf("disk: %w", migrate.ErrFull), fmt.Errorf("write: %w", syscall.ENOSPC)
 	for name, c := range map[string]struct {
 		r             reading
 		state, detail string
@@ -48,10 +52,12 @@ func TestStatesAreHonest(t *testing.T) {
 			reading{Sample: moving(10*mib, pass(2, 210*mib)), known: true, done: -1},
 			StateNotConverging, "writes 210 MiB/s, link 180 MiB/s",
 		},
-		"a steady few": {reading{Sample: moving(900*mib, pass(3, 90*mib)), known: true}, StateReady, ""},
-		"none missing": {reading{Sample: moving(1000*mib, pass(2, 1)), known: true, sent: 1, done: 1}, StateReady, ""},
-		"standby":      {reading{Sample: waits, role: RoleDest, known: true}, StateStandby, ""},
-		"handed off":   {reading{Sample: moving(900*mib, &Live{Pass: 2, HandedOff: true}), known: true, ends: true, done: 1}, StateCopying, ""},
+		"a steady few":  {reading{Sample: moving(900*mib, pass(3, 90*mib)), known: true}, StateReady, ""},
+		"none missing":  {reading{Sample: moving(1000*mib, pass(2, 1)), known: true, sent: 1, done: 1}, StateReady, ""},
+		"no room there": {reading{Sample: full, role: RoleSource, known: true}, StateNoRoom, ""}, // fault H4
+		"no room here":  {reading{Sample: fullHere, role: RoleDest, known: true}, StateNoRoom, ""},
+		"standby":       {reading{Sample: waits, role: RoleDest, known: true}, StateStandby, ""},
+		"handed off":    {reading{Sample: moving(900*mib, &Live{Pass: 2, HandedOff: true}), known: true, ends: true, done: 1}, StateCopying, ""},
 	} {
 		state, detail := c.r.judge()
 		require.Equal(t, c.state, state, name)

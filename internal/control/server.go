@@ -181,10 +181,22 @@ func (s *Server) status(_ http.ResponseWriter, r *http.Request) (any, error) {
 	return s.monitor.Status(), nil
 }
 
+// HandoffArguments are those of /v1/handoff.
+type HandoffArguments struct {
+	Force bool `json:"force,omitempty"` // also to a destination that is known to have no room
+}
+
 func (s *Server) handoff(w http.ResponseWriter, r *http.Request) (any, error) {
-	h, err := s.hand(r)
+	var args HandoffArguments
+	if err := arguments(r, &args); err != nil {
+		return nil, err
+	}
+	h, err := s.hand()
 	if err != nil {
 		return nil, err
+	}
+	if full := h.NoRoom(); full != nil && !args.Force {
+		return nil, fmt.Errorf("%w: what is written there after the handoff would fail: make room, or force it", full)
 	}
 	// It takes as long as it takes.
 	c := http.NewResponseController(w)
@@ -197,7 +209,10 @@ func (s *Server) handoff(w http.ResponseWriter, r *http.Request) (any, error) {
 }
 
 func (s *Server) abort(_ http.ResponseWriter, r *http.Request) (any, error) {
-	h, err := s.hand(r)
+	if err := nothing(r); err != nil {
+		return nil, err
+	}
+	h, err := s.hand()
 	if err != nil {
 		return nil, err
 	}
@@ -205,10 +220,7 @@ func (s *Server) abort(_ http.ResponseWriter, r *http.Request) (any, error) {
 	return struct{}{}, h.AbortHandoff()
 }
 
-func (s *Server) hand(r *http.Request) (Handoffer, error) {
-	if err := nothing(r); err != nil {
-		return nil, err
-	}
+func (s *Server) hand() (Handoffer, error) {
 	switch h := s.monitor.opts.Hand; {
 	case h != nil:
 		return h, nil

@@ -32,6 +32,7 @@ type reins struct {
 	drained int
 	begun   chan struct{} // a handoff has begun
 	result  chan error    // of the handoff
+	full    error         // of NoRoom
 }
 
 func newReins() *reins { return &reins{begun: make(chan struct{}, 8), result: make(chan error)} }
@@ -47,6 +48,7 @@ func (r *reins) Pause()              { r.locked(func() { r.paused = true }) }
 func (r *reins) Resume()             { r.locked(func() { r.paused = false }) }
 func (r *reins) Paused() (is bool)   { r.locked(func() { is = r.paused }); return is }
 func (r *reins) AbortHandoff() error { r.locked(func() { r.aborted++ }); return nil }
+func (r *reins) NoRoom() (err error) { r.locked(func() { err = r.full }); return err }
 func (r *reins) drain()              { r.locked(func() { r.drained++ }) }
 func (r *reins) drains() (n int)     { r.locked(func() { n = r.drained }); return n }
 func (r *reins) disks() (s []Sample) {
@@ -280,7 +282,7 @@ func TestBadRequestsAreRefusedAndChangeNothing(t *testing.T) {
 		post("/v1/rate", `{"bytes_per_second":1}`+strings.Repeat(" ", maxRequest)):            413,
 		post("/v1/pause", `{"x":1}`):                                                          400,
 		post("/v1/drain", `x`):                                                                400,
-		post("/v1/handoff", `{"force":true}`):                                                 400,
+		post("/v1/handoff", `{"forced":true}`):                                                400,
 		post("/v1/abort", `1`):                                                                400,
 		"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": 431,
 		"nonsense\r\n\r\n":                                                                    400,
@@ -372,4 +374,22 @@ func TestClientIsNotFooled(t *testing.T) {
 		ln.Close()
 		wg.Wait()
 	}
+}
+
+// A handoff to a destination that is known to have no room is refused, with the way
+// out, unless it is forced (fault H4).
+func TestHandoffToAFullDestinationIsRefusedUnlessForced(t *testing.T) {
+	r := newReins()
+	opts := r.source()
+	opts.Hand = r
+	path, _ := serve(t, opts)
+	r.locked(func() { r.full = migrate.ErrFull })
+	require.ErrorContains(t, client(t, path).Handoff(t.Context()), "no room for more")
+	require.ErrorContains(t, client(t, path).Handoff(t.Context()), "make room, or force it")
+	require.Empty(t, r.begun)
+	ended := make(chan error)
+	go func() { ended <- client(t, path).HandoffWith(t.Context(), HandoffArguments{Force: true}) }()
+	<-r.begun
+	r.result <- nil
+	require.NoError(t, <-ended)
 }

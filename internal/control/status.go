@@ -27,6 +27,7 @@ const (
 	StateReady            = "ready for handoff"       // of a live disk: what is missing takes less than readyTime
 	StateStandby          = "waiting for handoff"     // of a dest: blocks come, and the disk is still in use at the source
 	StatePaused           = "paused"                  // by pause; what is asked for is sent
+	StateNoRoom           = "no room"                 // at the destination; Disk.Error says more
 	StateStalled          = "stalled"                 // connected, and yet nothing moves
 	StateFinishing        = "finishing"               // nothing is missing; it has to be confirmed
 	StateComplete         = "complete"                // the source is not needed any more
@@ -131,6 +132,8 @@ type Handoffer interface {
 	// Handoff returns when the destination has the disks, or why it has not. When
 	// ctx ends it may be given up.
 	Handoff(ctx context.Context) error
+	// NoRoom says why a handoff should not be: the destination is full.
+	NoRoom() error
 	// AbortHandoff ends a handoff that has not gone too far.
 	AbortHandoff() error
 }

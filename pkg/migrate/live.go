@@ -182,7 +182,7 @@ func (d *sourceDisk) status(p passes) DiskStatus {
 		Connected:  d.connected, Reconnects: max(0, d.reconnects), Err: d.err,
 	}
 	if _, full := d.order.full(); full && d.connected {
-		st.Err = errNoRoom
+		st.Err = ErrFull
 	}
 	if d.Live != nil {
 		d.liveStatus(&st, p)

@@ -23,7 +23,24 @@ const (
 	roomLogEvery = time.Minute
 )
 
-var errNoRoom = errors.New("the destination has no room for more: its log says where; the migration goes on when there is")
+// ErrFull reports that the destination has no room for more. It is the error of a
+// DiskStatus as long as that is so.
+var ErrFull = errors.New("the destination has no room for more: its log says where; the migration goes on when there is")
+
+// NoRoom returns an error that is ErrFull if the destination is known to have no room
+// for one of the disks: after a handoff its clients' writes would fail. It is for
+// whoever calls Handoff; AutoHandoff waits for room by itself.
+func (s *Source) NoRoom() error {
+	for _, d := range s.disks {
+		d.mu.Lock()
+		order, connected := d.order, d.connected
+		d.mu.Unlock()
+		if since, none := order.full(); none && connected {
+			return fmt.Errorf("disk %q, for %v: %w", d.Name, time.Since(since).Round(time.Second), ErrFull)
+		}
+	}
+	return nil
+}
 
 // room is what an order knows of the room at the destination. It is guarded by
 // the order's mu.

@@ -72,7 +72,9 @@ func TestFullDestinationWaitsForRoom(t *testing.T) {
 		require.InDelta(t, 11, dstLog.count("no room: the migration waits"), 1, "a line a minute")
 		require.InDelta(t, 11, srcLog.count("the destination has no room"), 1)
 		require.Equal(t, 1, dstLog.count("bytes_needed_at_most=")/dstLog.count("no room: the migration waits"))
-		require.ErrorIs(t, src.Status()[0].Err, errNoRoom)
+		require.ErrorIs(t, src.Status()[0].Err, ErrFull)
+		require.ErrorIs(t, src.NoRoom(), ErrFull)
+		require.ErrorContains(t, src.NoRoom(), "disk \"disk\", for 10m")
 		require.ErrorIs(t, dst.Status()[0].Err, syscall.ENOSPC)
 		_, err = dev.WriteAt([]byte("refused"), size-1024)
 		require.ErrorIs(t, err, syscall.ENOSPC)
@@ -102,6 +104,7 @@ func TestFullDestinationWaitsForRoom(t *testing.T) {
 		require.True(t, bytes.Equal(want, contents(t, dst.disks["disk"])))
 		require.Equal(t, 1, dstLog.count("there is room again"))
 		require.NoError(t, dst.Status()[0].Err)
+		require.NoError(t, src.NoRoom())
 		require.NoError(t, dst.Close())
 	})
 }
