@@ -159,11 +159,16 @@ func cmdSilence(ts *testscript.TestScript, neg bool, args []string) {
 			}
 		})
 	}
-	for range n {
-		<-first
-	}
 	ts.Defer(func() {
 		stop()
 		wg.Wait()
 	})
+	late := time.After(patience)
+	for range n {
+		select {
+		case <-first:
+		case <-late:
+			ts.Fatalf("there are not %d connections to port %s within %v", n, args[1], patience)
+		}
+	}
 }
