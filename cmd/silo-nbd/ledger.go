@@ -39,6 +39,8 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *c
 		}
 	}
 	switch {
+	case f.reclaim && len(ledger.Reclaimed()) == 0:
+		c.log.Info("--force-reclaim: no disk was handed off: it is not needed")
 	case f.reclaim && live:
 		c.log.Warn("--force-reclaim: the disks are served here again, as they were when they were handed off: the destination must not use them any more")
 	case f.reclaim:

@@ -109,44 +109,46 @@ func (l *Ledger) Prepare(to map[string]migrate.Owner) (err error) {
 		}
 	}()
 	members := l.disks.members()
-	for _, e := range l.disks.order() {
+	err = l.eachInOrder(func(e *entry) error {
 		if e.lacks != nil && !durable.ReadOnly(e.lacks) {
 			e.lacks = nil // there may be room now
 		}
 		e.state.end(e.state.Staged, endAborted)
 		e.state.Staged = st.id
-		if err := l.save(e); err != nil {
-			return err
-		}
+		return l.save(e)
+	})
+	if err != nil {
+		return err
 	}
-	for _, e := range l.disks {
+	st.disks = make([]*stagedDisk, len(l.disks))
+	for i, e := range l.disks {
+		st.disks[i] = &stagedDisk{entry: e}
+	}
+	return each(l.workers, st.disks, func(d *stagedDisk) error {
+		o := to[d.name]
 		h := &handoff{
 			ID: st.id, Disks: members, Frozen: !l.live, At: l.at,
-			Owner: deviceDigits(to[e.name].Device), Epoch: number(to[e.name].Epoch), Steps: to[e.name].Steps,
+			Owner: deviceDigits(o.Device), Epoch: number(o.Epoch), Steps: o.Steps,
 		}
-		if err := l.mark(e, h, true); err != nil {
+		if err := l.mark(d.entry, h, true); err != nil {
 			return err
 		}
-		d := e.stage(h, l.live)
-		st.disks = append(st.disks, d)
-		if err := d.create(l.files, l.live); err != nil {
-			return err
-		}
-	}
-	return nil
+		d.gone, d.back = d.stage(h, l.live)
+		return d.create(l.files, l.live)
+	})
 }
 
 // stage makes the two states of a disk, one of which will count.
-func (e *entry) stage(h *handoff, live bool) *stagedDisk {
-	back := *e.state
-	gone := *e.state
+func (e *entry) stage(h *handoff, live bool) (gone, back *state) {
+	gone, back = new(state), new(state)
+	*gone, *back = *e.state, *e.state
 	gone.Handoff, gone.Staged, gone.Open = h, "", false
 	if live {
 		gone.Disk = unproved(e.now) // it is still being written
 	} else {
 		gone.Disk, back.Disk = e.watch, e.watch // the mark has changed it
 	}
-	return &stagedDisk{entry: e, gone: &gone, back: &back}
+	return gone, back
 }
 
 // create writes the state file that counts after the handoff, under a temporary
@@ -338,20 +340,25 @@ func (l *Ledger) Taken() error {
 	if !l.handedOff {
 		return errors.New("the disks were not handed off")
 	}
-	errs := []error{l.dropStaged()}
-	for _, e := range l.disks {
+	err := l.dropStaged()
+	return noted(errors.Join(err, each(l.workers, l.disks, func(e *entry) error {
 		if e.state == nil || e.state.Handoff == nil || e.state.Handoff.Taken && e.state.Disk.Unchanged(e.watch) {
-			continue
+			return nil
 		}
-		h := *e.state.Handoff
-		h.Taken = true
-		if e.watch.Unchanged(e.watch) {
-			e.state.Disk = e.watch
-		}
-		e.state.Handoff = &h
-		errs = append(errs, l.save(e))
+		e.answered(false)
+		return l.save(e)
+	})))
+}
+
+// answered notes what the destination has said of a disk that was handed off.
+func (e *entry) answered(complete bool) *handoff {
+	h := *e.state.Handoff
+	h.Taken, h.Complete = true, h.Complete || complete
+	e.state.Handoff = &h
+	if e.watch.Unchanged(e.watch) {
+		e.state.Disk = e.watch
 	}
-	return noted(errors.Join(errs...))
+	return &h
 }
 
 // Complete implements migrate.Ledger.
@@ -362,21 +369,15 @@ func (l *Ledger) Complete() error {
 	if !l.handedOff {
 		return errors.New("the disks were not handed off")
 	}
-	var errs []error
-	for _, e := range l.disks {
+	err := each(l.workers, l.disks, func(e *entry) error {
 		if e.state == nil || e.state.Handoff == nil {
-			continue
+			return nil
 		}
-		h := *e.state.Handoff
-		h.Taken, h.Complete = true, true
-		e.state.Handoff = &h
-		if e.watch.Unchanged(e.watch) {
-			e.state.Disk = e.watch
-		}
-		errs = append(errs, l.save(e), l.mark(e, &h, false))
-	}
+		h := e.answered(true)
+		return errors.Join(l.save(e), l.mark(e, h, false))
+	})
 	l.finished = true
-	return noted(errors.Join(errs...))
+	return noted(err)
 }
 
 func noted(err error) error {

@@ -74,13 +74,13 @@ func (s set) away(e *entry) (bool, error) {
 		}
 		return false, fmt.Errorf("%w; there is no state file at %s: name it with --state, as in --state %s, or take the disk back with --force-reclaim, which gives up what was written there", n.Err(), e.where, where)
 	}
-	return s.published(e, h)
+	return s.all(e, h)
 }
 
-// published reports whether all disks of a handoff say so. After a power cut in
+// all reports whether all disks of a handoff say so. After a power cut in
 // the middle of one some may not: then it was never published, and a disk that
 // does not say so must prove it by knowing of the handoff.
-func (s set) published(e *entry, h *handoff) (bool, error) {
+func (s set) all(e *entry, h *handoff) (bool, error) {
 	var missing []string
 	half := false
 	for _, m := range h.Disks {
@@ -193,19 +193,17 @@ func (s set) replaced() error {
 	return nil
 }
 
-// order is the order in which state files are written: those first that say that
-// their disk was handed off. Otherwise a power cut could leave such a one without
-// what proves that its handoff was never published.
-func (s set) order() []*entry {
-	var first, then []*entry
+// published returns the disks whose state file says that they were handed off, and
+// the others.
+func (s set) published() (those, others set) {
 	for _, e := range s {
 		if e.published() {
-			first = append(first, e)
+			those = append(those, e)
 		} else {
-			then = append(then, e)
+			others = append(others, e)
 		}
 	}
-	return append(first, then...)
+	return those, others
 }
 
 func (s set) names(which func(e *entry) bool) (names []string) {

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/silo-nbd/silo-nbd/internal/durable"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -50,13 +52,18 @@ type Run struct {
 	Disk  sources.Stamp // as the disk is now
 }
 
+// maxWorkers is how many disks are written at the same time.
+const maxWorkers = 32
+
 // Ledger keeps which disks a source has and to which destination they belong. It
 // is their migrate.Ledger. The state files are locked until Close.
 type Ledger struct {
 	keeper
-	live  bool
-	at    string
-	notes atomic.Pointer[[]*Note] // of the disks, as of the last change
+	live bool
+	at   string
+	// workers is how many disks are written at the same time.
+	workers int
+	notes   atomic.Pointer[[]*Note] // of the disks, as of the last change
 
 	mu sync.Mutex // held over I/O: what others look at is in notes
 	// Guarded by mu:
@@ -75,9 +82,10 @@ type entry struct {
 	lacks error        // why no state file can be kept; nil: one is
 	watch sources.Stamp
 	// begin is what the disk was before a live source opened it; nil: not proved.
-	begin   *beginning
-	crashed bool
-	had     bool // there was a source before
+	begin     *beginning
+	reclaimed bool // it had been handed off
+	crashed   bool
+	had       bool // there was a source before
 }
 
 // beginning is a disk that no one had changed when a live source opened it.
@@ -93,8 +101,9 @@ type beginning struct {
 // the disks, and when none of them is written any more.
 func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 	l := &Ledger{keeper: keeper{o.Files}, live: o.Live, at: o.At}
+	l.workers = 1 // in tests one operation follows the other
 	if l.files == nil {
-		l.files = durable.OS
+		l.files, l.workers = durable.OS, maxWorkers
 	}
 	defer func() {
 		if err != nil {
@@ -183,10 +192,8 @@ func (l *Ledger) begin(o Options) error {
 		}
 		e.watch = e.now
 	}
-	for _, e := range l.disks.order() {
-		if err := l.first(e, o); err != nil {
-			return err
-		}
+	if err := l.eachInOrder(func(e *entry) error { return l.first(e, o) }); err != nil {
+		return err
 	}
 	for _, e := range l.disks {
 		if len(e.marks) > 0 { // they have ended, and the state file knows it
@@ -196,6 +203,28 @@ func (l *Ledger) begin(o Options) error {
 		}
 	}
 	return nil
+}
+
+// eachInOrder does something for each disk: first for those whose state file says
+// that they were handed off. Otherwise a power cut could leave such a one without
+// what proves that its handoff was never published.
+func (l *Ledger) eachInOrder(do func(e *entry) error) error {
+	first, then := l.disks.published()
+	if err := each(l.workers, first, do); err != nil {
+		return err
+	}
+	return each(l.workers, then, do)
+}
+
+// each does something for some disks at the same time, so that they share the
+// commits of their file system. It returns the first error.
+func each[D any](workers int, disks []D, do func(d D) error) error {
+	var group errgroup.Group
+	group.SetLimit(workers)
+	for _, d := range disks {
+		group.Go(func() error { return do(d) })
+	}
+	return group.Wait()
 }
 
 // prepareState makes the state of a disk that is this host's, but for the
@@ -215,7 +244,7 @@ func (e *entry) prepareState(o Options) {
 	if e.state.Handoff != nil {
 		how := endAborted
 		if o.Reclaim {
-			how = endReclaimed
+			how, e.reclaimed = endReclaimed, true
 		}
 		e.state.end(e.state.Handoff.ID, how)
 		e.state.Generation = 0
@@ -224,6 +253,7 @@ func (e *entry) prepareState(o Options) {
 		if e.state.knows(m.ID) == "" {
 			e.state.end(m.ID, endReclaimed)
 			e.state.Generation = 0
+			e.reclaimed = true
 		}
 	}
 }
@@ -276,6 +306,11 @@ func (l *Ledger) Finished() bool {
 // what was copied before is not trusted.
 func (l *Ledger) Crashed() []string {
 	return l.disks.names(func(e *entry) bool { return e.crashed })
+}
+
+// Reclaimed are the names of disks that had been handed off.
+func (l *Ledger) Reclaimed() []string {
+	return l.disks.names(func(e *entry) bool { return e.reclaimed })
 }
 
 // Ended are the names of disks that had a source before, which ended in order:

@@ -406,3 +406,25 @@ func TestDisksOfLongNamesHaveAnIdentity(t *testing.T) {
 	}
 	require.Len(t, names(t, dir), 2*len(lengths))
 }
+
+// Many disks share the commits of their file system (fault H18).
+func TestManyDisksAreHandedOffTogether(t *testing.T) {
+	var all []string
+	for i := range 64 {
+		all = append(all, "disk"+strings.Repeat("x", i))
+	}
+	disks := specs(t, t.TempDir(), all...)
+	for _, o := range []Options{{}, {Live: true}} {
+		l := mustOpen(t, disks, o)
+		handOff(t, l, disks)
+		require.NoError(t, l.Complete())
+		require.NoError(t, l.Close())
+		l = mustOpen(t, disks, o)
+		require.True(t, l.Finished())
+		require.NoError(t, l.Close())
+		refuses(t, disks[1:], o, "give all of them")
+		l = mustOpen(t, disks, Options{Reclaim: true})
+		require.Len(t, l.Reclaimed(), len(disks))
+		require.NoError(t, l.Close())
+	}
+}

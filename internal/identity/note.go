@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -37,6 +38,9 @@ type Note struct {
 
 	silent bool // the state file is there and does not know of the handoff
 }
+
+// plainOwner is the device of an owner that has no name for it (migrate.Ledger).
+var plainOwner = migrate.Device(bytes.Repeat([]byte{0xff}, 16))
 
 // NoteAt returns what is noted at a disk about who owns it: in its state file,
 // which is at state or where that is empty at the default place, and at the
@@ -361,7 +365,11 @@ func (n *Note) Err() error { return fmt.Errorf("%s %w: %s", n.Disk, ErrHandedOff
 // Text says in words to which destination the disk belongs.
 func (n *Note) Text() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s says that it belongs to device %x", n.Where, n.Owner)
+	owner := fmt.Sprintf("device %x", n.Owner)
+	if n.Owner == plainOwner {
+		owner = "a plain Silo destination"
+	}
+	fmt.Fprintf(&b, "%s says that it belongs to %s", n.Where, owner)
 	if n.At != "" {
 		fmt.Fprintf(&b, " at %s", n.At)
 	}
