@@ -40,7 +40,8 @@ func TestSmallFlushIsOneSync(t *testing.T) {
 	a := newLogged(t, 32, Options{})
 	ctx := t.Context()
 	mustWrite(t, a.s, 0, filled(1, 32*testBlock))
-	a.sync() // all blocks are settled: no bit changes any more
+	mustWrite(t, a.d, 0, filled(1, 32*testBlock))
+	a.sync() // all blocks are settled, and written: no bit changes any more
 	for i, c := range []struct {
 		change func() error
 		logged bool

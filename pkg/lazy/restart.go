@@ -34,6 +34,25 @@ func (d *Device) Restart(source UUID, generation uint64) error {
 	})
 }
 
+// Renew makes it durable that what is here is of generation generation of the disk
+// source: it was compared, as Map.Compare may have asked for. All that is here stays. If there is no room for that
+// (NoRoom), nothing has changed, and it may be tried again.
+func (d *Device) Renew(source UUID, generation uint64) error {
+	if !d.ops.enter() {
+		return ErrClosed
+	}
+	defer d.ops.leave()
+	return d.flush.alone(d, func() error {
+		if d.saver.m == nil {
+			return nil
+		}
+		return mayRetry(d.saver.m.update(func(h *header) {
+			h.id.Source, h.id.Generation = source, generation
+			h.bond.flags &^= bondCompare
+		}))
+	})
+}
+
 // forget makes it durable that the blocks of spans were taken back. Until then
 // nothing that comes for them may be laid over their durable contents.
 func (d *Device) forget(spans []span) error {

@@ -138,6 +138,42 @@ func (s *state) setWritten(lo, hi int64) {
 	}
 }
 
+// overwrite publishes the blocks of [lo, hi) that are fetched as written, too: they are
+// not as the source has them any more. It comes before the write itself, so that a
+// block which is not written is as it was fetched.
+func (s *state) overwrite(lo, hi int64) {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		mask := wordMask(w, lo, hi) & s.fetched[w].Load() &^ s.written[w].Load()
+		if mask == 0 {
+			continue
+		}
+		s.changes.begin()
+		old := s.written[w].Or(mask)
+		s.writes.Add(int64(bits.OnesCount64(mask &^ old)))
+		s.changes.end(regionWritten, w<<6, w<<6+1)
+	}
+}
+
+// nextUnmodified is the first block of [lo, hi) that is as it was fetched, or hi.
+func (s *state) nextUnmodified(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) & s.fetched[w].Load() &^ s.written[w].Load(); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
+// nextModified is the first block of [lo, hi) that is missing or was written, or hi.
+func (s *state) nextModified(lo, hi int64) int64 {
+	for w := lo >> 6; w<<6 < hi; w++ {
+		if m := wordMask(w, lo, hi) &^ (s.fetched[w].Load() &^ s.written[w].Load()); m != 0 {
+			return w<<6 + int64(bits.TrailingZeros64(m))
+		}
+	}
+	return hi
+}
+
 // clearFetched takes back that [lo, hi) was fetched. What was written stays. In
 // the map on disk it is cleared by saver.forget.
 func (s *state) clearFetched(lo, hi int64) {

@@ -14,7 +14,7 @@ type Stats struct {
 
 	Blocks  int64 // all of them: Fetched + Written + Missing
 	Fetched int64 // blocks that came from the source
-	Written int64 // blocks that were wholly written here
+	Written int64 // blocks that were written here: wholly, or after they had come
 	Missing int64 // blocks that are not here
 	Partial int64 // blocks of which part was written here and may yet have to be merged
 
@@ -73,6 +73,19 @@ func (d *Device) Stats() Stats {
 // bytes, until it returns false.
 func (d *Device) EachLocal(yield func(off, length int64) bool) {
 	d.each(d.state.nextLocal, d.state.nextMissing, yield)
+}
+
+// EachUnmodified calls yield for every run of blocks that came from the source and were
+// not written here since, as EachLocal does. A client may write them meanwhile. Of a
+// Revocable device it is not known of which blocks a part was written.
+func (d *Device) EachUnmodified(yield func(off, length int64) bool) {
+	d.each(d.state.nextUnmodified, d.state.nextModified, yield)
+}
+
+// Unmodified reports whether the block at off is one of EachUnmodified.
+func (d *Device) Unmodified(off int64) bool {
+	block := off / d.blockSize
+	return d.state.nextUnmodified(block, block+1) == block
 }
 
 // EachMissing calls yield for every run of blocks that are not here, ascending,

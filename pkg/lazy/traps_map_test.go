@@ -217,7 +217,7 @@ func TestD12FlushWaitsForTheMarkOfABitThatWasSeen(t *testing.T) {
 	s.changes.end(regionFetched, 0, 1)
 	<-flushed
 	a.cut(false, false)
-	if st := a.d.Stats(); st.Fetched != 1 {
+	if st := a.d.Stats(); st.Missing != 7 {
 		t.Errorf("after the power cut: %+v", st)
 	}
 	mustWrite(t, a.s, 0, filled(1, testBlock))
@@ -454,7 +454,7 @@ func TestL12NoRoomForTheMapIsNotFinal(t *testing.T) {
 		mustWrite(t, a.d, 0, filled(2, 512))
 		a.sync()
 		a.cut(false, false)
-		if st := a.d.Stats(); st.Fetched != 1 || st.Partial != 1 || !a.d.readable(testBlock+1024, testBlock+1536) || !a.d.readable(testBlock, testBlock+512) {
+		if st := a.d.Stats(); st.Missing != 7 || st.Partial != 1 || !a.d.readable(testBlock+1024, testBlock+1536) || !a.d.readable(testBlock, testBlock+512) {
 			t.Errorf("write %d found no room, and then: %+v", which, st)
 		}
 	}

@@ -49,8 +49,12 @@ func (d *Device) watchBlocks(k *bond, writers *gate) {
 }
 
 // overwrite is put for a client's write. Samples that it would make wrong are dropped
-// first.
+// first, and fetched blocks become known as written. Of a revocable device that would
+// say too much: that the whole block was.
 func (d *Device) overwrite(f fill, off, end int64) error {
+	if !d.revocable {
+		d.state.overwrite(d.span(off, end))
+	}
 	w := d.witness.watch.Load()
 	for ; w != nil && !w.writers.enter(); w = d.witness.watch.Load() {
 	}
