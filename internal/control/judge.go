@@ -140,6 +140,8 @@ func (r *reading) judge() (state, detail string) {
 		return StateWaitingForDest, ""
 	case errors.Is(r.Err, migrate.ErrFull), r.role == RoleDest && errors.Is(r.Err, syscall.ENOSPC):
 		return StateNoRoom, ""
+	case r.DiskStatus.State == migrate.StateComparing:
+		return StateComparing, fmt.Sprintf("%s of %s", units.Human(r.BytesCompared), units.Human(r.BytesToCompare))
 	case r.missing() == 0 && r.precopy():
 		return StateReady, ""
 	case r.missing() == 0 && r.DiskStatus.State == migrate.StateStandby:
@@ -185,6 +187,7 @@ func (r *reading) disk() Disk {
 		Sent:    r.BytesSent, Received: r.BytesReceived, Written: r.BytesWritten,
 		WaitingReads: r.Waiting, OldestWait: r.OldestWait.Seconds(),
 		Connected: r.Connected, Reconnects: r.Reconnects, Damaged: r.Damaged,
+		Compared: r.BytesCompared, ToCompare: r.BytesToCompare,
 	}
 	d.State, d.Detail = r.judge()
 	if r.Err != nil {

@@ -30,6 +30,8 @@ func TestStatesAreHonest(t *testing.T) {
 	waits.DiskStatus.State = migrate.StateStandby
 	full, fullHere := moving(999*mib, pass(2, 1)), moving(500*mib, nil)
 	full.Err, fullHere.Err = fmt.Errorf("disk: %w", migrate.ErrFull), fmt.Errorf("write: %w", syscall.ENOSPC)
+	compares := moving(500*mib, nil)
+	compares.DiskStatus.State, compares.BytesCompared, compares.BytesToCompare = migrate.StateComparing, 10*mib, 500*mib
 	for name, c := range map[string]struct {
 		r             reading
 		state, detail string
@@ -58,6 +60,7 @@ func TestStatesAreHonest(t *testing.T) {
 		"no room here":  {reading{Sample: fullHere, role: RoleDest, known: true}, StateNoRoom, ""},
 		"standby":       {reading{Sample: waits, role: RoleDest, known: true}, StateStandby, ""},
 		"handed off":    {reading{Sample: moving(900*mib, &Live{Pass: 2, HandedOff: true}), known: true, ends: true, done: 1}, StateCopying, ""},
+		"comparing":     {reading{Sample: compares, known: true, paused: true}, StateComparing, "10.0 MiB of 500 MiB"},
 	} {
 		state, detail := c.r.judge()
 		require.Equal(t, c.state, state, name)

@@ -26,6 +26,7 @@ const (
 	StateNotConverging    = "not converging"          // of a live disk: it does not; Disk.Detail says why
 	StateReady            = "ready for handoff"       // of a live disk: what is missing takes less than readyTime
 	StateStandby          = "waiting for handoff"     // of a dest: blocks come, and the disk is still in use at the source
+	StateComparing        = "comparing"               // it is found out whether the source's disk is as it was; nothing travels
 	StatePaused           = "paused"                  // by pause; what is asked for is sent
 	StateNoRoom           = "no room"                 // at the destination; Disk.Error says more
 	StateStalled          = "stalled"                 // connected, and yet nothing moves
@@ -70,6 +71,9 @@ type Disk struct {
 	Sent      int64 `json:"sent"`     // by a source, as it was on the wire
 	Received  int64 `json:"received"` // by a dest, content
 	Written   int64 `json:"written"`  // local at a dest because it was written there
+
+	Compared  int64 `json:"compared,omitempty"`   // of ToCompare, while they are compared
+	ToCompare int64 `json:"to_compare,omitempty"` // bytes that came, and were not written since
 
 	Rate *int64   `json:"rate,omitempty"`        // how fast Done grows, or shrinks; absent while it cannot be told
 	ETA  *float64 `json:"eta_seconds,omitempty"` // until nothing is missing, at this rate; absent if it cannot be told

@@ -30,7 +30,10 @@ func (d *Device) Restart(source UUID, generation uint64) error {
 		if err := d.forgetOwed([]span{all}, func(*header) {}); err != nil {
 			return err
 		}
-		return mayRetry(m.update(func(h *header) { h.id.Source, h.id.Generation = source, generation }))
+		return mayRetry(m.update(func(h *header) {
+			h.id.Source, h.id.Generation = source, generation
+			h.bond.flags &^= bondCompare
+		}))
 	})
 }
 

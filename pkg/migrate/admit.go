@@ -56,6 +56,9 @@ func (a *admission) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := each(ctx, a.lines, a.compare); err != nil {
+		return err
+	}
 	for _, c := range a.lines {
 		if err := a.confirm(c); err != nil {
 			return err
@@ -114,6 +117,18 @@ func (a *admission) check(ctx context.Context, c *line) error {
 		return errOldPeer
 	}
 	return nil
+}
+
+// compare has the destination compare what it has of a frozen disk, if it asks for that.
+func (a *admission) compare(ctx context.Context, c *line) error {
+	if !c.told.Compare || c.order.live != nil {
+		return nil
+	}
+	err := a.src.compare(ctx, c)
+	if err != nil {
+		c.disk.note(err)
+	}
+	return err
 }
 
 // refuse tells the destination, if it is one of ours, that it gets nothing.

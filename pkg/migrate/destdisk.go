@@ -30,6 +30,8 @@ type destDisk struct {
 	received atomic.Int64 // bytes of content that came
 	damage   damage
 
+	comparing comparing
+
 	mu sync.Mutex
 	// Guarded by mu:
 	id       Identity
@@ -38,6 +40,7 @@ type destDisk struct {
 	refused  span  // the first blocks that came and were not taken, and have not come again since
 	err      error // why they were not
 	shortage shortage
+	unequal  *unequalError // of the last comparison that failed; nil: none has
 }
 
 // newDestDisk makes the device that takes what a announces into opened.
@@ -173,6 +176,7 @@ func (d *destDisk) status() DiskStatus {
 	case s.Connected:
 		s.State = StateMigrating
 	}
+	d.comparing.status(&s)
 	return s
 }
 
@@ -190,12 +194,16 @@ type arrivals struct {
 
 	epoch   wire.Epoch  // of the device, on this connection; zero for a plain source
 	written bool        // the source's disk is in use
-	refused func(error) // hears why the source refuses this side
+	refused func(error) // hears why the connection ends: one side refuses the other
+	compare *comparison // nil: none on this connection
 }
 
 // WriteAt lays down data that came. An error is answered, and the source sends
 // the blocks again later.
 func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
+	if err := a.busyComparing(); err != nil {
+		return 0, err
+	}
 	n, err := a.Stream.WriteAt(p, off)
 	if errors.Is(err, lazy.ErrComplete) {
 		return len(p), nil // sent before the source knew: all of it is here
@@ -210,6 +218,9 @@ func (a *arrivals) WriteAt(p []byte, off int64) (int, error) {
 
 // ZeroAt lays down a run of zeroes.
 func (a *arrivals) ZeroAt(off, length int64, punch bool) error {
+	if err := a.busyComparing(); err != nil {
+		return err
+	}
 	err := a.Stream.ZeroAt(off, length, punch)
 	if errors.Is(err, lazy.ErrComplete) {
 		return nil
@@ -233,6 +244,10 @@ func (a *arrivals) HandleDamage() { a.disk.damage.note(a.disk.log, a.disk.name) 
 // if a block is missing, the migration is not complete, whatever the source
 // says, and the connection ends so that the rest is claimed on the next.
 func (a *arrivals) HandleEvent(ev *wire.Event, answer func(error)) {
+	if err := a.busyComparing(); err != nil && (ev.Type == wire.EventCompleted || ev.Type == wire.EventPostLock) {
+		answer(err)
+		return
+	}
 	switch ev.Type {
 	case wire.EventCompleted:
 	case wire.EventCustom:

@@ -76,6 +76,9 @@ func (s *destSession) accept(di *protocol.DevInfo, from *protocol.FromProtocol) 
 			return nil, &localError{err}
 		}
 	}
+	if !fresh && disk.mustCompare(di) {
+		return a, a.beginComparison(di.Extension.Identity)
+	}
 	if !fresh {
 		return a, a.resume(di)
 	}
@@ -108,6 +111,7 @@ func (s *destSession) detach() {
 	s.mu.Unlock()
 	for _, a := range all {
 		a.disk.damage.noteEnd(a.disk.log, a.disk.name, s.proto.Err())
+		a.disk.comparing.end()
 		a.disk.detach(a.Stream)
 	}
 }

@@ -195,6 +195,7 @@ func (d *sourceDisk) status(p passes) DiskStatus {
 	case d.Live == nil:
 		st.State = StateMigrating
 	}
+	d.comparing.status(&st)
 	return st
 }
 

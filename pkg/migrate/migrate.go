@@ -42,6 +42,10 @@ const (
 	StateStandby   = "standby"   // blocks travel to a destination that waits for the handoff
 	StateComplete  = "complete"  // every block is at the destination, which has said so
 
+	// StateComparing: what the destination has is compared with the source's disk, of
+	// which it is not proved that it is as it was. Nothing travels.
+	StateComparing = "comparing"
+
 	// Of a live source's disk, while there is a connection:
 	StateFirstPass     = "first pass"
 	StateConverging    = "converging"     // what is dirty becomes less
@@ -68,6 +72,9 @@ type DiskStatus struct {
 	// side counts what it hears of.
 	Damaged      int64
 	BytesWritten int64 // at a destination: what is local because it was written there
+
+	// In StateComparing: how much was compared, and how much is to be in all.
+	BytesCompared, BytesToCompare int64
 
 	// Of a live source's disk:
 	Pass       int           // over what has changed, from 1, on this connection

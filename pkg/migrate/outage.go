@@ -35,6 +35,8 @@ func (s *sessions) say(err error) {
 		what, level = "the source was refused; waiting for the right one", slog.LevelError
 	case errors.As(err, &byThem):
 		what, level, err = "the destination refuses; waiting for one that does not", slog.LevelError, byThem
+	case errors.As(err, new(*differsError)):
+		what, level = "the destination has another disk; waiting for one that has this one", slog.LevelError
 	case s.listening && !errors.As(err, &none):
 		what, always = "the connection has ended; waiting for the next", true
 	}

@@ -117,6 +117,8 @@ type sourceDisk struct {
 	peer   *peerRecord
 	clone  bool // it goes to many, and each owns its copy
 
+	comparing comparing
+
 	mu sync.Mutex
 	// Guarded by mu:
 	order      *order // of the present connection, or of the last
@@ -288,6 +290,10 @@ func (s *Source) waitsForPeers() bool { return s.opts.Listening || s.hasLive() }
 func (s *Source) classify(err error) error {
 	var disk *DiskError
 	switch {
+	case errors.As(err, new(*differsError)):
+		if s.waitsForPeers() || s.served {
+			return err
+		}
 	case !errors.As(err, &disk):
 		return err
 	case disk.Peer && s.waitsForPeers():

@@ -24,6 +24,7 @@ func (a *arrivals) Describe(ext *wire.Extension) {
 	ext.Device = a.disk.device
 	ext.Epoch = a.epoch
 	ext.Live = a.disk.isLive()
+	ext.Compare = a.compare != nil
 }
 
 // isLive says that the disk belongs to this side: clients use it, and the
@@ -188,6 +189,13 @@ func (d *destDisk) same(di *protocol.DevInfo) error {
 	case stillWritten(di) && d.isLive():
 		return fmt.Errorf("disk %q is in use here, and the source has taken it back and serves it too: "+
 			"nothing was changed: end one of the two; to move it again begin anew with --overwrite", d.name)
+	case d.mustCompare(di):
+		return d.comparable(id)
+	case d.comparisonAsked() && id.UUID == was.UUID && id.UUID != [16]byte{} && !d.isLive():
+		return d.restart(id)
+	case d.comparisonAsked():
+		return fmt.Errorf("disk %q was moved here, so what is here of it has to be compared with %s, and the source has %s, or cannot compare: "+
+			"nothing was changed: give the same source, frozen, with this version of silo-nbd, or begin anew with --overwrite", d.name, was, id)
 	case id == was:
 		return nil
 	case id.UUID == was.UUID && id.UUID != [16]byte{} && !d.isLive():
