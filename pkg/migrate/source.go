@@ -118,6 +118,7 @@ type sourceDisk struct {
 	clone  bool // it goes to many, and each owns its copy
 
 	comparing comparing
+	clone     bool // it goes to many, and each owns its copy
 
 	mu sync.Mutex
 	// Guarded by mu:
