@@ -21,6 +21,7 @@ type sourceFlags struct {
 	disks     []string
 	states    []string
 	shared    bool
+	clone     bool
 	blockSize units.Size
 	rate      units.Size
 	live      liveFlags
@@ -33,7 +34,7 @@ type sourceFlags struct {
 func newSourceCommand() *cobra.Command {
 	f := &sourceFlags{blockSize: migrate.DefaultBlockSize}
 	cmd := &cobra.Command{
-		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR) [--nbd ADDR]",
+		Use:   "source --disk [NAME=]PATH ... (--listen ADDR | --connect ADDR) [--nbd ADDR | --clone]",
 		Short: "Send disks, also while they are in use",
 		Long: `Sends disks to a destination: blocks that it asks for first, then what
 the file systems on them (ext2, ext3, ext4) consist of but for the contents of files, then
@@ -45,7 +46,11 @@ is made again without limit.
 With --nbd the disks are in use: they are served there, read and write, to the virtual
 machine of this host, and sent meanwhile, what changes again and again. The handoff stops
 them here and makes them usable at the destination at that moment; what has not travelled
-by then follows. From then on they are never served here again, also after a restart.`,
+by then follows. From then on they are never served here again, also after a restart.
+
+With --clone the disks are a golden image, which goes to any number of destinations at once,
+each of which owns its copy. It serves until a signal ends it: with 0 if every copy that
+was begun is complete, with 75 if not.`,
 		Args: arguments(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			specs, err := f.check()
@@ -66,6 +71,7 @@ by then follows. From then on they are never served here again, also after a res
 	cmd.Flags().BoolVar(&f.shared, "shared", false, "send a disk although others have it mounted or open: for one that is surely not written")
 	cmd.Flags().BoolVar(&f.moved, "disk-moved", false, "the disk was moved here from where it was when its state file was written, and is no copy: the destination compares what it has")
 	cmd.Flags().BoolVar(&f.reclaim, "force-reclaim", false, "take disks back that were handed off. What was written at the destination is lost here, and the destination must not be used any more")
+	cmd.Flags().BoolVar(&f.clone, "clone", false, "serve the disks, which nothing writes, to any number of destinations at once, until a signal; needs --listen")
 	cmd.Flags().Var(&f.blockSize, "block-size", "unit of the migration, a power of two")
 	cmd.Flags().Var(&f.rate, "rate", "bytes per second for the background stream; blocks that are asked for are exempt (default: no limit)")
 	f.live.add(cmd)
@@ -99,6 +105,9 @@ func (f *sourceFlags) check() ([]disks.Spec, error) {
 	if err := f.wire.check(); err != nil {
 		return nil, err
 	}
+	if err := f.checkClone(); err != nil {
+		return nil, err
+	}
 	if err := f.live.check(&f.wire, f.operate.control); err != nil {
 		return nil, err
 	}
@@ -127,6 +136,9 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 			Name: specs[i].Name, Store: file, Identity: ledger.Identity(i),
 			Changed: func() error { return ledger.Changed(i) },
 		})
+	}
+	if f.clone {
+		return f.runClone(ctx, moving, certs, c)
 	}
 	past := past{log: c.log, at: f.wire.connect.String(), ledger: ledger}
 	source, err := migrate.NewSource(moving, migrate.SourceOptions{

@@ -89,6 +89,10 @@ func (m *Monitor) Status() Status {
 		n := m.opts.NBD()
 		st.NBD = &n
 	}
+	if m.opts.Copies != nil {
+		n := m.opts.Copies()
+		st.Copies = &n
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	st.Draining = m.draining

@@ -43,6 +43,7 @@ type Status struct {
 	Draining   bool        `json:"draining"`             // it has been told to end when it has finished
 	Background *Background `json:"background,omitempty"` // of a source
 	NBD        *NBD        `json:"nbd,omitempty"`        // if it serves NBD
+	Copies     *Copies     `json:"copies,omitempty"`     // of a source that clones
 	Disks      []Disk      `json:"disks"`
 }
 
@@ -50,6 +51,13 @@ type Status struct {
 type Background struct {
 	RateLimit int64 `json:"rate_limit"` // bytes a second; 0: none
 	Paused    bool  `json:"paused"`
+}
+
+// Copies is how many destinations a source that clones has served.
+type Copies struct {
+	Complete   int `json:"complete"`   // have everything
+	UnderWay   int `json:"under_way"`  // are connected, and do not
+	Unfinished int `json:"unfinished"` // do not, connected or not
 }
 
 // NBD is who uses the exports.
@@ -151,7 +159,9 @@ type Options struct {
 	Pace  Pacer      // nil: nothing is sent here
 	Hand  Handoffer  // nil: there is nothing to hand over
 	NBD   func() NBD // nil: nothing is served
-	Drain func()     // lets the process end once it has finished; nil: that is not known here
+	// Copies is how many copies were made; nil: this is not what the process does.
+	Copies func() Copies
+	Drain  func() // lets the process end once it has finished; nil: that is not known here
 }
 
 // readyTime is how long what is missing of a live disk may take to send for the

@@ -64,6 +64,9 @@ func headline(st Status) string {
 	if n := st.NBD; n != nil {
 		parts = append(parts, count(n.Clients, "NBD client"))
 	}
+	if n := st.Copies; n != nil {
+		parts = append(parts, fmt.Sprintf("copies: %d complete, %d under way, %d unfinished", n.Complete, n.UnderWay, n.Unfinished))
+	}
 	if st.Draining {
 		parts = append(parts, "draining")
 	}
