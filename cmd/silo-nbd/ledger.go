@@ -25,6 +25,10 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *c
 	if err != nil {
 		return nil, err
 	}
+	if f.clone && (ledger.HandedOff() || ledger.Finished()) {
+		return nil, errors.Join(fmt.Errorf("--clone: %s was handed off (%s): it is no image any more of which others may have copies: use the disk where it is, or take it back with --force-reclaim",
+			files[0].Path(), ledger.Note(0).Text()), ledger.Close())
+	}
 	if ledger.Finished() {
 		for i, file := range files {
 			c.log.Info("nothing is left to do: the destination has all of this disk, and owns it; --force-reclaim takes it back as it was when it was handed off; an image that is to go to several destinations wants --clone from the start",
