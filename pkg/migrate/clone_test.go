@@ -13,7 +13,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/silo-nbd/silo-nbd/pkg/lazy"
 	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
@@ -198,13 +197,4 @@ func TestDiskInUseIsNotCloned(t *testing.T) {
 	disk, _ := goldenImage(t, 4096)
 	_, err := NewCloner([]SourceDisk{{Name: "disk", Live: newTracker(t, disk.Store)}}, SourceOptions{})
 	require.ErrorContains(t, err, "in use")
-}
-
-func isLive(d *lazy.Device) bool {
-	select {
-	case <-d.Live():
-		return true
-	default:
-		return false
-	}
 }
