@@ -56,13 +56,13 @@ func (f *sourceFlags) runClone(ctx context.Context, moving []migrate.SourceDisk,
 	}
 	n := cloner.Copies()
 	if n.Unfinished > 0 {
-		return interruptedf("%s, and %d unfinished; run the same command again for these to go on", complete(n.Complete), n.Unfinished)
+		return interruptedf("%s, and %d unfinished; run the same command again for these to go on", copiesComplete(n.Complete), n.Unfinished)
 	}
-	c.log.Info("ended: " + complete(n.Complete))
+	c.log.Info("ended: " + copiesComplete(n.Complete))
 	return nil
 }
 
-func complete(copies int) string {
+func copiesComplete(copies int) string {
 	if copies == 1 {
 		return "1 copy is complete"
 	}

@@ -46,6 +46,7 @@ type half struct {
 	dstLog  syncBuffer
 	stop    func()
 	fetched int64
+	wrap    atomic.Pointer[func(net.Conn) io.ReadWriteCloser] // of the source's end of connections to come
 }
 
 const halfSize, halfBlock = 1 << 20, 4096
@@ -56,6 +57,12 @@ func newHalf(t *testing.T, written map[int64][]byte) *half {
 	h.store, h.want = testDisk(t, halfSize, 5)
 	h.want = bytes.Clone(h.want)
 	h.dst = newDestination(t, DestinationOptions{Disks: 1, Log: slog.New(slog.NewTextHandler(&h.dstLog, nil))}, memory)
+	h.wires.wrap = func(c net.Conn) io.ReadWriteCloser {
+		if wrap := h.wrap.Load(); wrap != nil {
+			return (*wrap)(c)
+		}
+		return c
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	h.ctx = ctx
 	var wg sync.WaitGroup
@@ -72,6 +79,7 @@ func newHalf(t *testing.T, written map[int64][]byte) *half {
 	}
 	end()
 	require.NotEqual(t, StateComplete, one.Status()[0].State)
+	synctest.Wait() // the last of it lands
 	h.fetched = h.dev.Stats().BytesLocal
 	require.GreaterOrEqual(t, h.fetched, int64(halfSize/4))
 	return h
@@ -226,7 +234,7 @@ func TestComparisonMayBreakAtEveryByte(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				h := newHalf(t, clientWrites())
 				first := true
-				h.wires.wrap = func(c net.Conn) io.ReadWriteCloser {
+				wrap := func(c net.Conn) io.ReadWriteCloser {
 					switch {
 					case !first:
 						return c
@@ -237,6 +245,7 @@ func TestComparisonMayBreakAtEveryByte(t *testing.T) {
 					first = false
 					return &cutReads{Conn: c, left: n, fired: &fired}
 				}
+				h.wrap.Store(&wrap)
 				_ = (<-h.wires.src).Close() // it was made before
 				_, end := h.source(h.again(h.store), 0)
 				h.finish()
