@@ -24,11 +24,12 @@ type comparison struct {
 }
 
 // mustCompare reports whether what is here has to be compared with what the source has
-// before anything else: it is the same disk, and it is not proved that its contents
-// are the same. A device in standby begins anew instead: nothing was written to it.
+// before anything else: it is the same disk, it is not proved that its contents are the
+// same, and something is here as it came, by which that can be told. A device in standby
+// begins anew instead: nothing was written to it.
 func (d *destDisk) mustCompare(di *protocol.DevInfo) bool {
 	ext := di.Extension
-	if ext == nil || ext.Live || ext.Revision < wire.RevisionEpoch || !d.isLive() || d.complete.Load() {
+	if ext == nil || ext.Live || ext.Revision < wire.RevisionEpoch || !d.isLive() || d.complete.Load() || d.dev.Stats().Fetched == 0 {
 		return false
 	}
 	d.mu.Lock()
@@ -50,8 +51,7 @@ type unequalError struct {
 	error
 }
 
-// comparable returns an error if a comparison with id has failed already, or if nothing
-// is here by which the disk could be known: all that came from it was written since.
+// comparable returns an error if a comparison with id has failed already.
 func (d *destDisk) comparable(id Identity) error {
 	d.mu.Lock()
 	known := d.unequal
@@ -59,11 +59,7 @@ func (d *destDisk) comparable(id Identity) error {
 	if known != nil && known.id == id {
 		return known
 	}
-	if st := d.dev.Stats(); st.Fetched > 0 || st.BytesLocal == 0 {
-		return nil
-	}
-	return fmt.Errorf("disk %q came from generation %d of the source's disk, which has generation %d now, and nothing is here as it came, "+
-		"so that the two cannot be compared: nothing was changed: begin anew with --overwrite", d.name, d.generation(), id.Generation)
+	return nil
 }
 
 func (d *destDisk) generation() uint64 {
@@ -88,11 +84,9 @@ func (a *arrivals) beginComparison(id Identity) error {
 		bytes += length
 		return a.from.DontNeedAt(off, length) == nil // else the connection has ended
 	})
-	if c.n == 0 { // nothing is here, or a client has just written the last of it
-		if err := a.disk.comparable(id); err != nil {
-			return err
-		}
-		return a.renew(id)
+	if c.n == 0 {
+		return fmt.Errorf("disk %q: a client has just written the last of what came, so that nothing can be compared with %s: "+
+			"nothing was changed: begin anew with --overwrite", a.disk.name, id)
 	}
 	c.under.Store(true)
 	a.compare = c
