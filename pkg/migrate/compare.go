@@ -77,7 +77,10 @@ func (s *Source) compare(ctx context.Context, c *line) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(2)
 	for from := int64(0); ctx.Err() == nil; {
-		batch, bytes, next, err := c.hashes(r, from)
+		batch, bytes, next, err := c.hashes(ctx, r, from)
+		if ctx.Err() != nil {
+			break // the error is that of the other side
+		}
 		if err != nil {
 			group.Go(func() error { return c.pump.fail(err) })
 			break
@@ -104,14 +107,14 @@ func (s *Source) compare(ctx context.Context, c *line) error {
 
 // hashes returns those of the next blocks that the destination has claimed, from block
 // from on, how many bytes they stand for, and where to go on.
-func (c *line) hashes(r *reader, from int64) (batch []wire.Hash, bytes, next int64, err error) {
+func (c *line) hashes(ctx context.Context, r *reader, from int64) (batch []wire.Hash, bytes, next int64, err error) {
 	geo := c.order.geo
 	for len(batch) < compareHashes && bytes < compareBytes {
 		s, ok := c.order.nextClaimed(from, min(maxPacket/geo.blockSize, compareHashes-int64(len(batch))))
 		if !ok {
 			return batch, bytes, geo.blocks, nil
 		}
-		data, err := r.read(s)
+		data, err := readAgain(ctx, r, s)
 		if err != nil {
 			return nil, 0, 0, err
 		}
@@ -124,6 +127,26 @@ func (c *line) hashes(r *reader, from int64) (batch []wire.Hash, bytes, next int
 		from = s.to
 	}
 	return batch, bytes, from, nil
+}
+
+// readAgain reads s, as often as a block is tried that is to be sent.
+func readAgain(ctx context.Context, r *reader, s span) ([]byte, error) {
+	for n, pause := 1, firstRetry; ; n, pause = n+1, 2*pause {
+		data, err := r.read(s)
+		if err == nil {
+			return data, nil
+		}
+		if n == maxAttempts {
+			return nil, fmt.Errorf("gave up after %d tries: %w", n, err)
+		}
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, context.Cause(ctx)
+		}
+	}
 }
 
 func (c *line) sendHashes(ctx context.Context, batch []wire.Hash, bytes int64) error {

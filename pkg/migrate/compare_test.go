@@ -52,11 +52,14 @@ type half struct {
 const halfSize, halfBlock = 1 << 20, 4096
 
 // newHalf moves some of a disk. written is what a client writes then, by offset.
-func newHalf(t *testing.T, written map[int64][]byte) *half {
+func newHalf(t *testing.T, written map[int64][]byte) *half { return newHalfOn(t, written, memory) }
+
+// newHalfOn is newHalf with a destination on what open returns.
+func newHalfOn(t *testing.T, written map[int64][]byte, open func(name string, size uint64) storage.StorageProvider) *half {
 	h := &half{t: t, wires: newWires(), dstEnd: make(chan error, 1)}
 	h.store, h.want = testDisk(t, halfSize, 5)
 	h.want = bytes.Clone(h.want)
-	h.dst = newDestination(t, DestinationOptions{Disks: 1, Log: slog.New(slog.NewTextHandler(&h.dstLog, nil))}, memory)
+	h.dst = newDestination(t, DestinationOptions{Disks: 1, Log: slog.New(slog.NewTextHandler(&h.dstLog, nil))}, open)
 	h.wires.wrap = func(c net.Conn) io.ReadWriteCloser {
 		if wrap := h.wrap.Load(); wrap != nil {
 			return (*wrap)(c)
@@ -256,6 +259,37 @@ func TestComparisonMayBreakAtEveryByte(t *testing.T) {
 				require.Greater(t, n, int64(100))
 				break
 			}
+		}
+	}
+}
+
+// TestComparisonSurvivesOneFailure: the n-th read of the source or the destination
+// fails once, for every n.
+func TestComparisonSurvivesOneFailure(t *testing.T) {
+	for n := int64(0); ; n++ {
+		var ops atomic.Int64
+		synctest.Test(t, func(t *testing.T) {
+			var on atomic.Bool
+			fail := func(op string, _ int64) error {
+				if op == "read" && on.Load() && ops.Add(1)-1 == n {
+					return errBroken
+				}
+				return nil
+			}
+			h := newHalfOn(t, clientWrites(), func(_ string, size uint64) storage.StorageProvider {
+				return &flaky{sources.NewMemoryStorage(int(size)), fail}
+			})
+			on.Store(true)
+			_, end := h.source(h.again(&flaky{h.store, fail}), 0)
+			require.NoError(t, <-h.dstEnd)
+			on.Store(false)
+			require.True(t, bytes.Equal(h.want, contents(t, h.dst.disks["disk"])), "operation %d", n)
+			require.NoError(t, end(), "operation %d", n)
+			h.stop()
+		})
+		if ops.Load() <= n {
+			require.Greater(t, n, int64(50))
+			return
 		}
 	}
 }
