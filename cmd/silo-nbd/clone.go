@@ -25,7 +25,7 @@ func (f *sourceFlags) checkClone() error {
 	return nil
 }
 
-// runClone serves the disks to whoever connects, until a signal ends it.
+// runClone serves the disks to the destinations that connect, until a signal ends it.
 func (f *sourceFlags) runClone(ctx context.Context, moving []migrate.SourceDisk, certs *tlsdir.Dir, c *console) (err error) {
 	cloner, err := migrate.NewCloner(moving, migrate.SourceOptions{
 		BlockSize: int64(f.blockSize), Rate: int64(f.rate), MaxCallers: connect.MaxCallers, Log: c.log, First: firstblocks.Find,

@@ -79,8 +79,8 @@ func NewCloner(disks []SourceDisk, opts SourceOptions) (*Cloner, error) {
 	}, nil
 }
 
-// Run serves whoever connects until ctx is done, and returns its cause, or until a disk
-// cannot be served any more.
+// Run serves the destinations that connect until ctx is done, and returns its cause, or
+// until a disk can no longer be served.
 func (c *Cloner) Run(ctx context.Context, connect Connector) error {
 	group, ctx := errgroup.WithContext(ctx)
 	places := crowd.New(c.opts.MaxCallers)
@@ -113,7 +113,7 @@ func (c *Cloner) Run(ctx context.Context, connect Connector) error {
 	return group.Wait()
 }
 
-// tell logs what those who connect can cause as often as they like.
+// tell logs what a peer can cause as often as it likes.
 func (c *Cloner) tell(level slog.Level, what string, more ...any) {
 	if skipped, ok := c.lines.take(); ok {
 		if skipped > 0 {

@@ -30,7 +30,7 @@ const (
 	compareLogEvery = time.Minute
 )
 
-// differsError says that the disk of the source is not the one that the destination has
+// differsError means that the disk of the source is not the one that the destination has
 // a part of, or was written since.
 type differsError struct {
 	disk string

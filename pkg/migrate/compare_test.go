@@ -172,7 +172,7 @@ func TestDiskThatDiffersIsRefused(t *testing.T) {
 func TestBlockThatAClientHasWrittenIsNotCompared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHalf(t, map[int64][]byte{5 * halfBlock: bytes.Repeat([]byte{1}, halfBlock)})
-		_, err := h.store.WriteAt([]byte("changed, and nobody can tell"), 5*halfBlock)
+		_, err := h.store.WriteAt([]byte("changed, and it does not matter"), 5*halfBlock)
 		require.NoError(t, err)
 		_, end := h.source(h.again(h.store), 0)
 		h.finish()

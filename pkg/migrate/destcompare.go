@@ -45,7 +45,7 @@ func (d *destDisk) comparisonAsked() bool {
 	return d.store.Map != nil && !d.complete.Load() && d.store.Map.Compare()
 }
 
-// unequalError says that the source's disk, under id, is not that of which a part is here.
+// unequalError means that the source's disk, under id, is not that of which a part is here.
 type unequalError struct {
 	id Identity
 	error

@@ -107,7 +107,7 @@ func (p *pump) cause(err error) error {
 	}
 }
 
-// DiskError says that one disk cannot be moved over this connection.
+// DiskError means that one disk cannot be moved over this connection.
 type DiskError struct {
 	Name string
 	Err  error

@@ -175,7 +175,7 @@ func (g laggards) hasLocked(l *lane) bool {
 }
 
 // flyingLocked is what is in flight as far as the lane is concerned: its own, and
-// that of the others which counts. apart says that its own does not count for them.
+// that of the others which counts. apart is true if its own does not count for them.
 func (w *window) flyingLocked(l *lane, now time.Time) (bytes, packets int64, apart bool) {
 	bytes, packets = l.bytes, l.packets
 	g := w.laggardsLocked(now)

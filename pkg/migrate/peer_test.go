@@ -30,14 +30,14 @@ func newCalls(ctx context.Context, wg *sync.WaitGroup) *calls {
 	return &calls{make(chan io.ReadWriteCloser), ctx, wg}
 }
 
-// call connects as somebody who dials the source, and returns the other end.
+// call dials the source, and returns the other end.
 func (c *calls) call(t *testing.T) net.Conn {
 	t.Helper()
 	a, b := net.Pipe()
 	select {
 	case c.conns <- a:
 	case <-time.After(time.Minute):
-		t.Fatal("the source takes no connection any more")
+		t.Fatal("the source no longer takes a connection")
 	}
 	return b
 }

@@ -8,7 +8,7 @@ import (
 // watchEvery is how often a frozen disk is looked at while it is sent.
 const watchEvery = time.Second
 
-// unchanged returns why a frozen disk must not be sent any more: it was written, so
+// unchanged returns why a frozen disk must no longer be sent: it was written, so
 // that the destination has a mixture. Nothing mends that but another beginning.
 func (d *sourceDisk) unchanged() error {
 	if d.Changed == nil || d.stillWritten() {

@@ -135,7 +135,7 @@ func TestFrozenFileIsWatchedByItsStamp(t *testing.T) {
 func writeInto(t *testing.T, path string) {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	require.NoError(t, err)
-	_, err = f.WriteAt([]byte("somebody else"), 3<<20)
+	_, err = f.WriteAt([]byte("another writer"), 3<<20)
 	require.NoError(t, err)
 	require.NoError(t, f.Close())
 }
