@@ -71,7 +71,7 @@ type DiskStatus struct {
 	// told: data, which was sent again, or others, which cost the connection. Each
 	// side counts what it hears of.
 	Damaged      int64
-	BytesWritten int64 // at a destination: what is local because it was written there
+	BytesWritten int64 // at a destination: what was written there: wholly, or since it came
 
 	// In StateComparing: how much was compared, and how much is to be in all.
 	BytesCompared, BytesToCompare int64
