@@ -46,6 +46,7 @@ type half struct {
 	dstLog  syncBuffer
 	stop    func()
 	fetched int64
+	ledger  noLedger
 	wrap    atomic.Pointer[func(net.Conn) io.ReadWriteCloser] // of the source's end of connections to come
 }
 
@@ -91,7 +92,7 @@ func newHalfOn(t *testing.T, written map[int64][]byte, open func(name string, si
 // source runs a source until end is called, which returns how it ended.
 func (h *half) source(d SourceDisk, rate int64) (s *Source, end func() error) {
 	d.Name = "disk"
-	s = newSource(h.t, SourceOptions{BlockSize: halfBlock, Rate: rate, Listening: true, Log: slog.New(slog.NewTextHandler(&h.srcLog, nil))}, d)
+	s = newSource(h.t, SourceOptions{BlockSize: halfBlock, Rate: rate, Listening: true, Ledger: &h.ledger, Log: slog.New(slog.NewTextHandler(&h.srcLog, nil))}, d)
 	ctx, cancel := context.WithCancel(h.ctx)
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx, from(h.wires.src)) }()

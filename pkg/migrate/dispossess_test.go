@@ -53,7 +53,7 @@ func TestALiveSourceThatWasRolledBackStopsWhenItsOwnerAnswers(t *testing.T) {
 }
 
 // TestAFrozenSourceThatWasRolledBack: with other contents it sends nothing and ends;
-// with the same ones, which its generation proves, the destination that uses the disk
+// with the same ones, which its generation or a comparison proves, the destination that uses the disk
 // is its owner, and gets the rest (rule 6, trap I4).
 func TestAFrozenSourceThatWasRolledBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -66,7 +66,8 @@ func TestAFrozenSourceThatWasRolledBack(t *testing.T) {
 		<-time.After(time.Second)
 		m.end()
 
-		m = startMoveOver(t, w, SourceOptions{}, SourceDisk{Name: "disk", Store: store, Identity: Identity{UUID: testID.UUID, Generation: 99}})
+		other, _ := testDisk(t, 1<<20, 2)
+		m = startMoveOver(t, w, SourceOptions{}, SourceDisk{Name: "disk", Store: other, Identity: Identity{UUID: testID.UUID, Generation: 99}})
 		err := <-m.done
 		require.ErrorAs(t, err, new(*FatalError))
 		require.ErrorContains(t, err, "is in use at a destination")

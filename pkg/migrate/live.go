@@ -72,8 +72,6 @@ func (d *sourceDisk) extension() *wire.Extension {
 	last, owned := d.peer.get()
 	e := &wire.Extension{Revision: wire.Revision, Identity: d.Identity, Epoch: wire.Epoch{Now: last.Epoch}}
 	switch {
-	case d.clone:
-		e.Clone = true
 	case d.stillWritten():
 		e.Live = true
 	case owned:

@@ -118,7 +118,6 @@ type sourceDisk struct {
 	clone  bool // it goes to many, and each owns its copy
 
 	comparing comparing
-	clone     bool // it goes to many, and each owns its copy
 
 	mu sync.Mutex
 	// Guarded by mu:
