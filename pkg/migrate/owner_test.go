@@ -174,6 +174,7 @@ func TestASecondDestinationOfAFrozenMoveGetsNothing(t *testing.T) {
 		copy(want, p)
 		require.NoError(t, first.dev.Sync())
 		first.end()
+		synctest.Wait()
 		sent := m.src.Status()[0].BytesSent
 
 		second.start(m.ctx, from(m.wires.dst))
