@@ -97,24 +97,29 @@ func watchStatus(ctx context.Context, c *control.Client, out io.Writer, asJSON b
 
 func newHandoffCommand() *cobra.Command {
 	var abort, force bool
+	var to string
 	cmd := controlCommand(&cobra.Command{
-		Use:   "handoff --control PATH [--abort | --force]",
+		Use:   "handoff --control PATH [--to DEVICE|ADDR] [--abort | --force]",
 		Short: "Hand the disks of a running source over to the destination",
 		Long: `Hands the disks that a source serves over to the destination, and returns when they are
 the destination's. What has not arrived follows. Ctrl-C takes it back if it has not gone too
 far; --abort does so for one that somebody else has asked for. One to a destination that is
 known to have no room is refused, since what is written there would fail, unless --force
-is given.`,
+is given. If several destinations have connected to the source, --to says which one is
+meant; it is refused if another one is connected. status shows the device and the address
+of the one that is.`,
 		Args: arguments(),
 	}, func(ctx context.Context, c *control.Client, out io.Writer, _ []string) error {
 		err, done := error(nil), "handed over"
 		switch {
 		case abort && force:
 			return usagef("--abort and --force: want only one of them")
+		case abort && to != "":
+			return usagef("--abort and --to: want only one of them")
 		case abort:
 			err, done = c.Abort(ctx), "aborted: the disks are served here as before"
 		default:
-			err = c.HandoffWith(ctx, control.HandoffArguments{Force: force})
+			err = c.HandoffWith(ctx, control.HandoffArguments{To: to, Force: force})
 		}
 		if err != nil {
 			return err
@@ -124,6 +129,7 @@ is given.`,
 	})
 	cmd.Flags().BoolVar(&force, "force", false, "hand over also to a destination that has no room")
 	cmd.Flags().BoolVar(&abort, "abort", false, "take back a handoff that is under way")
+	cmd.Flags().StringVar(&to, "to", "", "hand over to this destination and to no other: the UUID of its `DEVICE`, the first 8 or more digits of it, or its address")
 	return cmd
 }
 

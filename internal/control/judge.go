@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -198,6 +199,12 @@ func (r *reading) disk() Disk {
 		d.Error = r.Err.Error()
 	}
 	d.Owner = r.Owner
+	if device := r.Device; device != (migrate.Device{}) || r.Address != "" {
+		d.Destination = &Destination{Address: r.Address}
+		if device != (migrate.Device{}) {
+			d.Destination.Device = hex.EncodeToString(device[:])
+		}
+	}
 	if r.Live != nil {
 		d.Live = &LiveDisk{Pass: r.Live.Pass, HandedOff: r.Live.HandedOff, WriteRate: r.Live.WriteRate, LinkRate: r.Live.LinkRate}
 	}

@@ -183,7 +183,8 @@ func (s *Server) status(_ http.ResponseWriter, r *http.Request) (any, error) {
 
 // HandoffArguments are those of /v1/handoff.
 type HandoffArguments struct {
-	Force bool `json:"force,omitempty"` // also to a destination that is known to have no room
+	To    string `json:"to,omitempty"`    // the destination; empty: the only one there was
+	Force bool   `json:"force,omitempty"` // also to a destination that is known to have no room
 }
 
 func (s *Server) handoff(w http.ResponseWriter, r *http.Request) (any, error) {
@@ -204,7 +205,7 @@ func (s *Server) handoff(w http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, err
 	}
 	s.log.Info("handoff, as was asked for at the control socket")
-	err = h.Handoff(r.Context())
+	err = h.HandoffTo(r.Context(), args.To)
 	return struct{}{}, errors.Join(err, c.SetWriteDeadline(time.Now().Add(requestTime)))
 }
 

@@ -33,6 +33,7 @@ type reins struct {
 	begun   chan struct{} // a handoff has begun
 	result  chan error    // of the handoff
 	full    error         // of NoRoom
+	to      string        // of the last handoff
 }
 
 func newReins() *reins { return &reins{begun: make(chan struct{}, 8), result: make(chan error)} }
@@ -58,7 +59,8 @@ func (r *reins) source() Options {
 	return Options{Role: RoleSource, Version: "1", Disks: r.disks, Pace: r, Drain: r.drain}
 }
 func (r *reins) dest() Options { return Options{Role: RoleDest, Version: "1", Disks: r.disks} }
-func (r *reins) Handoff(ctx context.Context) error {
+func (r *reins) HandoffTo(ctx context.Context, to string) error {
+	r.locked(func() { r.to = to })
 	r.begun <- struct{}{}
 	select {
 	case err := <-r.result:
@@ -160,6 +162,12 @@ func TestHandoffWaitsForItsEndAndTellsIt(t *testing.T) {
 	require.NoError(t, c.Abort(t.Context()))
 	r.result <- nil
 	require.NoError(t, <-ended)
+	r.locked(func() { require.Empty(t, r.to) })
+	go func() { ended <- c.HandoffWith(t.Context(), HandoffArguments{To: "0123abcd"}) }()
+	<-r.begun
+	r.result <- nil
+	require.NoError(t, <-ended)
+	r.locked(func() { require.Equal(t, "0123abcd", r.to) })
 	ended = call(t.Context())
 	r.result <- errors.New("the destination has gone")
 	require.EqualError(t, <-ended, "the destination has gone")

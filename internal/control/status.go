@@ -90,6 +90,8 @@ type Disk struct {
 
 	Owner *Owner `json:"owner,omitempty"` // of a source whose disk was handed off
 
+	Destination *Destination `json:"destination,omitempty"` // of a source: the one that is connected
+
 	WaitingReads int     `json:"waiting_reads"`
 	OldestWait   float64 `json:"oldest_wait_seconds"`
 	Connected    bool    `json:"connected"`
@@ -113,6 +115,12 @@ type Owner struct {
 	At       string `json:"at,omitempty"` // the destination's address, if the source connects to it
 	Taken    bool   `json:"taken"`        // it has said that it is live
 	Complete bool   `json:"complete"`     // it has everything
+}
+
+// Destination is the other end of a source's connection.
+type Destination struct {
+	Device  string `json:"device,omitempty"`  // 32 hexadecimal digits; absent of a plain Silo
+	Address string `json:"address,omitempty"` // host and port; absent if the connection has none
 }
 
 // Sample is a disk as it is now.
@@ -142,8 +150,9 @@ type Pacer interface {
 // Handoffer hands live disks over.
 type Handoffer interface {
 	// Handoff returns when the destination has the disks, or why it has not. When
-	// ctx ends it may be given up.
-	Handoff(ctx context.Context) error
+	// ctx ends it may be given up. to names the destination that is to have them;
+	// empty: the only one there was.
+	HandoffTo(ctx context.Context, to string) error
 	// NoRoom says why a handoff should not be: the destination is full.
 	NoRoom() error
 	// AbortHandoff ends a handoff that has not gone too far.

@@ -29,12 +29,27 @@ func WriteTable(w io.Writer, st Status) error {
 		if o := d.Owner; o != nil {
 			fmt.Fprintf(&b, "%s belongs to device %s%s\n", clean(d.Name), clean(o.Device), o.words())
 		}
+		if to := d.Destination; to != nil && d.Live != nil && !d.Live.HandedOff {
+			fmt.Fprintf(&b, "%s goes to %s\n", clean(d.Name), to.words())
+		}
 		if d.Error != "" {
 			fmt.Fprintf(&b, "%s: %s\n", d.Name, clean(d.Error))
 		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// words name a destination.
+func (d *Destination) words() string {
+	s := "a plain Silo"
+	if d.Device != "" {
+		s = "device " + clean(d.Device)
+	}
+	if d.Address != "" {
+		s += " at " + clean(d.Address)
+	}
+	return s
 }
 
 // words say what is known of an owner.

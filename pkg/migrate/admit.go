@@ -20,6 +20,7 @@ import (
 type admission struct {
 	src   *Source
 	lines []*line // all of the connection
+	conn  any     // it itself; what tells its address
 }
 
 // refusalTime bounds how long a destination may take to hear why it gets nothing.
@@ -71,10 +72,19 @@ func (a *admission) run(ctx context.Context) error {
 		return err
 	}
 	a.src.noteTaken()
+	a.meet()
 	for _, c := range a.lines {
 		close(c.pump.admitted)
 	}
 	return nil
+}
+
+// meet notes which destination this is, for those that ask for a handoff.
+func (a *admission) meet() {
+	c := newContact(a.lines, a.conn)
+	if all := a.src.hand.meet(c); all != "" && a.src.hasLive() && !a.src.HandedOff() {
+		a.src.log.Warn("several destinations have connected, so there is no handoff by itself: say which one gets the disks, with silo-nbd handoff --to", "destinations", all)
+	}
 }
 
 // each does something for every line at the same time.

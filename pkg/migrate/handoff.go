@@ -45,6 +45,7 @@ type hand struct {
 	mu sync.Mutex // never held over I/O
 	// Guarded by mu:
 	attached  bool     // there is a session that can hand off
+	contacts  contacts // destinations that were met
 	closed    bool     // Run has ended
 	asked     *request // nil: nobody asks
 	committed bool     // the destination may know: there is no way back
@@ -73,7 +74,15 @@ func newHand(l Ledger, auto, committed bool) *hand {
 // travelled yet: the rest follows while they are used there. It returns nil when
 // the destination has taken them, the cause of ctx when that ends before, which
 // aborts if nobody else waits, and otherwise why the disks are still served here.
-func (s *Source) Handoff(ctx context.Context) error {
+//
+// If several destinations have been met, it is not clear which one is meant: see
+// HandoffTo.
+func (s *Source) Handoff(ctx context.Context) error { return s.HandoffTo(ctx, "") }
+
+// HandoffTo is Handoff to the destination that to names: by the UUID of its device, or
+// 8 or more digits that the UUID begins with, or by its address with or without the
+// port. It returns ErrOtherDestination if another one is connected.
+func (s *Source) HandoffTo(ctx context.Context, to string) error {
 	h := s.hand
 	h.mu.Lock()
 	switch {
@@ -90,6 +99,10 @@ func (s *Source) Handoff(ctx context.Context) error {
 	case !h.attached:
 		h.mu.Unlock()
 		return ErrNotConnected
+	}
+	if err := h.contacts.check(to); err != nil && !h.committed {
+		h.mu.Unlock()
+		return err
 	}
 	r := h.askLocked()
 	r.waiting++
@@ -196,10 +209,41 @@ func (h *hand) endLocked(err error) {
 	}
 }
 
+// isAuto reports whether the disks are handed off without being asked: not if it is not
+// clear to which destination.
 func (h *hand) isAuto() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.auto
+	return h.auto && !h.contacts.several()
+}
+
+// meet notes which destination is connected. It returns all that were met if that keeps
+// the handoff from coming by itself.
+func (h *hand) meet(c contact) (all string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.contacts.enter(c)
+	if h.auto && h.contacts.several() {
+		return h.contacts.String()
+	}
+	return ""
+}
+
+// part notes that no destination is connected.
+func (h *hand) part() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.contacts.here = nil
+}
+
+// destination is the one that is connected; ok is false if there is none.
+func (h *hand) destination() (c contact, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.contacts.here == nil {
+		return c, false
+	}
+	return *h.contacts.here, true
 }
 
 // wanted says whether somebody asks for a handoff; one that nobody wants any

@@ -3,6 +3,7 @@ package migrate
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"io"
 	"net"
 	"sync"
@@ -244,7 +245,8 @@ func TestDestinationThatComesBackAfterAPlainOneIsNotTrusted(t *testing.T) {
 
 		wg.Go(func() { left <- ours.Run(ctx, from(wires.dst)) })
 		<-time.After(2 * time.Second)
-		require.NoError(t, src.Handoff(ctx))
+		device := ours.all()[0].device
+		require.NoError(t, src.HandoffTo(ctx, hex.EncodeToString(device[:])))
 		require.NoError(t, <-left)
 		require.True(t, bytes.Equal(want, contents(t, ours.disks["disk"])))
 		stop()

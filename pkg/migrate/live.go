@@ -163,8 +163,15 @@ func (s *Source) passes() passes {
 func (s *Source) Status() []DiskStatus {
 	all := make([]DiskStatus, len(s.disks))
 	p := s.passes()
+	dest, connected := s.hand.destination()
 	for i, d := range s.disks {
 		all[i] = d.status(p)
+		if connected && all[i].Connected {
+			all[i].Address = dest.at
+			if dest.devices[i] != unnamed {
+				all[i].Device = dest.devices[i]
+			}
+		}
 	}
 	return all
 }

@@ -3,6 +3,7 @@ package migrate
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -133,7 +134,9 @@ func TestDestinationThatComesBackAfterAnotherIsNotTrusted(t *testing.T) {
 		left := make(chan error, 1)
 		wg.Go(func() { left <- first.Run(ctx, from(wires.dst)) })
 		<-time.After(2 * time.Second)
-		require.NoError(t, src.Handoff(ctx))
+		require.ErrorIs(t, src.Handoff(ctx), ErrOtherDestination) // two have connected
+		device := first.all()[0].device
+		require.NoError(t, src.HandoffTo(ctx, hex.EncodeToString(device[:])))
 		require.NoError(t, <-left)
 		require.True(t, bytes.Equal(want, contents(t, first.disks["disk"])))
 		stop()

@@ -83,6 +83,10 @@ type DiskStatus struct {
 	LinkRate   float64       // what the path to the destination takes, in bytes a second
 	ETA        time.Duration // until all has travelled, at these rates; 0: it is not known
 
+	// Of a source's disk, while there is a connection:
+	Device  Device // the destination's device; zero: it has not said
+	Address string // the destination's, with the port; empty if the connection has none
+
 	Waiting    int           // reads that wait for a block
 	OldestWait time.Duration // how long the first of them has waited
 	Connected  bool

@@ -3,6 +3,7 @@ package migrate
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -140,7 +141,7 @@ func survivePeer(t *testing.T, kind string, does func(t *testing.T, c *calls)) {
 	if live {
 		disk.Live, disk.Store = newTracker(t, store), nil
 	}
-	src := newSource(t, SourceOptions{BlockSize: 4096, Listening: kind != "live, connects", AutoHandoff: live}, disk)
+	src := newSource(t, SourceOptions{BlockSize: 4096, Listening: kind != "live, connects"}, disk)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	var wg sync.WaitGroup
@@ -158,7 +159,14 @@ func survivePeer(t *testing.T, kind string, does func(t *testing.T, c *calls)) {
 		}
 	}
 	good := newDestination(t, DestinationOptions{Disks: 1}, memory)
-	require.NoError(t, <-c.move(t, good))
+	moved := c.move(t, good)
+	if live { // several may have connected, so that it does not come by itself
+		<-good.ready
+		synctest.Wait()
+		device := good.all()[0].device
+		require.NoError(t, src.HandoffTo(ctx, hex.EncodeToString(device[:])))
+	}
+	require.NoError(t, <-moved)
 	require.NoError(t, <-done)
 	require.True(t, bytes.Equal(want, contents(t, good.disks["disk"])))
 	require.NoError(t, good.Close())

@@ -322,6 +322,7 @@ func (s *Source) moveAll(ctx context.Context, conn *caller) error {
 		defer func() { d.counts.damage.noteEnd(s.log, d.Name, p.Err()) }()
 		lines = append(lines, c)
 	}
+	defer s.hand.part()
 	close(conn.hi.ready)
 	if !conn.hi.said {
 		if err := s.announce(conn); err != nil {
@@ -339,7 +340,7 @@ func (s *Source) moveAll(ctx context.Context, conn *caller) error {
 			return err
 		})
 	}
-	run(func() error { return (&admission{src: s, lines: lines}).run(ctx) })
+	run(func() error { return (&admission{src: s, lines: lines, conn: conn.conn}).run(ctx) })
 	var moving sync.WaitGroup
 	moving.Add(len(lines))
 	moved := make(chan struct{})

@@ -450,7 +450,7 @@ func (r *run) finish(w []string) (bool, error) {
 				return true
 			}
 			time.Sleep(10 * time.Millisecond)
-			return s.steer(answerBound, func(ctx context.Context, c *control.Client) error { return c.Handoff(ctx) }) == nil
+			return s.steer(answerBound, handOffToConnected) == nil
 		}) {
 			return true, violatedf("hang", "%s cannot be handed off to %s", s.label, d.label)
 		}
@@ -459,6 +459,20 @@ func (r *run) finish(w []string) (bool, error) {
 		return true, violatedf("hang", "the move from %s to %s does not come to its end within %v", s.label, d.label, sureBound)
 	}
 	return true, nil
+}
+
+// handOffToConnected hands off to the destination that is connected, also if several
+// have been.
+func handOffToConnected(ctx context.Context, c *control.Client) error {
+	st, err := c.Status(ctx)
+	if err != nil {
+		return err
+	}
+	to := ""
+	if len(st.Disks) > 0 && st.Disks[0].Destination != nil {
+		to = st.Disks[0].Destination.Device
+	}
+	return c.HandoffWith(ctx, control.HandoffArguments{To: to})
 }
 
 // cut: cut PORT
