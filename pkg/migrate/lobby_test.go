@@ -155,3 +155,28 @@ func TestPlainDestinationIsServedAmongSilentConnections(t *testing.T) {
 		require.NotContains(t, log.String(), "level=ERROR")
 	})
 }
+
+// Connections that say nothing are tried as plain Silo peers in time, and bind a
+// disk to nobody by that: the destination that comes later gets it (fault B4,
+// trap I3).
+func TestSilentConnectionsBindNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, want := testDisk(t, 256<<10, 1)
+		src := newSource(t, SourceOptions{BlockSize: 4096, Listening: true, MaxCallers: 8}, SourceDisk{Name: "disk", Store: store})
+		dst := newDestination(t, DestinationOptions{Disks: 1}, memory)
+		ctx, stop := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		d, errs := newDoor(), make(chan error, 2)
+		wg.Go(func() { errs <- src.Run(ctx, d.accept) })
+		d.strangers(ctx, &wg, 3, "")
+		<-time.After(time.Minute)
+		require.False(t, src.HandedOff())
+		wg.Go(func() { errs <- dst.Run(ctx, d.dial) })
+		require.NoError(t, <-errs)
+		require.NoError(t, <-errs)
+		stop()
+		wg.Wait()
+		require.True(t, bytes.Equal(want, contents(t, dst.disks["disk"])))
+		require.NoError(t, dst.Close())
+	})
+}
