@@ -62,7 +62,7 @@ func Start(ln net.Listener, m *Monitor, log *slog.Logger) *Server {
 		BaseContext:    func(net.Listener) context.Context { return ctx },
 	}
 	s.loops.Go(func() {
-		if err := s.http.Serve(Bounded(ln)); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.http.Serve(&boundedListener{Listener: ln}); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("the control socket cannot be used any more", "error", err)
 		}
 	})
@@ -296,10 +296,6 @@ func (s *Server) drain(_ http.ResponseWriter, r *http.Request) (any, error) {
 	}
 	return struct{}{}, nil
 }
-
-// Bounded is ln with so many connections at once as a process has use for; one
-// more is closed.
-func Bounded(ln net.Listener) net.Listener { return &boundedListener{Listener: ln} }
 
 // boundedListener closes what is more than maxConnections at once.
 type boundedListener struct {

@@ -63,7 +63,7 @@ func Start(ln net.Listener, see Sight, log *slog.Logger) *Server {
 		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}}
 	s.loops.Go(func() {
-		if err := s.http.Serve(control.Bounded(ln)); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.http.Serve(crowded(ln)); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("the metrics cannot be read any more", "error", err)
 		}
 	})
