@@ -173,8 +173,8 @@ func (s set) mayGoOn(o Options) (finished bool, err error) {
 }
 
 // replaced says why the destination does not have what is here now, although it has
-// everything that was handed off. That somebody has renamed the disk, or changed its
-// owner or mode, is no reason.
+// everything that was handed off. A disk that was renamed, or has another owner or
+// mode, is the same.
 func (s set) replaced() error {
 	for _, e := range s {
 		was, now := e.state.Disk, e.now

@@ -98,7 +98,7 @@ type beginning struct {
 // out which disks they are and to whom they belong. When it returns, disks of this
 // host may be served: that they are in use is durable. Disks that were handed off
 // are left so, unless o.Reclaim. The caller must Close the Ledger before it closes
-// the disks, and when none of them is written any more.
+// the disks, and when none of them is being written.
 func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 	l := &Ledger{keeper: keeper{o.Files}, live: o.Live, at: o.At}
 	l.workers = 1 // in tests one operation follows the other
@@ -408,8 +408,7 @@ func (l *Ledger) SetMet(address string) error {
 	return errors.Join(errs...)
 }
 
-// Close notes that the disks are not written any more, which is on stable storage
-// by then, and unlocks the state files.
+// Close notes that the disks are no longer written, and unlocks the state files.
 func (l *Ledger) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
