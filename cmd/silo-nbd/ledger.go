@@ -13,14 +13,14 @@ import (
 // openLedger finds out which disks they are and to which destination they
 // belong, and says what of it the user should know. It returns nil if nothing is
 // left to do: the destination has everything.
-func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, c *console) (*identity.Ledger, error) {
+func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, keep func(string, identity.Run) bool, c *console) (*identity.Ledger, error) {
 	var named []identity.Spec
 	for i, file := range files {
 		named = append(named, identity.Spec{Disk: file, Name: specs[i].Name, State: specs[i].State})
 	}
 	live := !f.live.nbd.IsZero()
 	ledger, err := identity.Open(named, identity.Options{
-		Live: live, Reclaim: f.reclaim, Moved: f.moved, At: f.wire.connect.String(),
+		Live: live, Reclaim: f.reclaim, Moved: f.moved, At: f.wire.connect.String(), Keep: keep,
 	})
 	if err != nil {
 		return nil, err

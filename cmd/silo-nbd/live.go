@@ -61,9 +61,10 @@ func (l *liveFlags) check(w *wireFlags, control string) error {
 
 // liveDisks are the disks of a source that are in use, and who owns them.
 type liveDisks struct {
-	files  []*sources.File
-	moving []migrate.SourceDisk
-	ledger *identity.Ledger // nil: nothing is left to do
+	files   []*sources.File
+	moving  []migrate.SourceDisk
+	changes *liveChanges
+	ledger  *identity.Ledger // nil: nothing is left to do
 }
 
 func (l *liveDisks) Close() error {
@@ -73,6 +74,9 @@ func (l *liveDisks) Close() error {
 			errs = append(errs, f.Flush())
 		}
 		errs = append(errs, l.ledger.Close())
+	}
+	if l.changes != nil {
+		errs = append(errs, l.changes.Close())
 	}
 	return errors.Join(append(errs, closeAll(l.files))...)
 }
@@ -89,7 +93,11 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 	}
 	warnOf(l.files, c)
 	warnOfFormat(l.files, c)
-	l.ledger, err = f.openLedger(specs, l.files, c)
+	l.changes = newLiveChanges(int64(f.blockSize), c)
+	for i, s := range specs {
+		l.changes.files[s.Name] = l.files[i]
+	}
+	l.ledger, err = f.openLedger(specs, l.files, l.changes.keep, c)
 	if err != nil || l.ledger == nil {
 		return l, err
 	}
@@ -101,7 +109,13 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 	}
 	for i, s := range specs {
 		owner, gone := l.ledger.Owner(s.Name)
-		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: gone, Owner: owner.Device, Waiting: nbdexport.Waiting})
+		var changes *migrate.Changes
+		if !gone && l.ledger.Lacks(i) == nil {
+			if changes, err = l.changes.begin(s.Name, l.ledger.Identity(i)); err != nil {
+				return l, err
+			}
+		}
+		tracker, err := migrate.NewTracker(l.files[i], migrate.TrackerOptions{HandedOff: gone, Owner: owner.Device, Changes: changes, Waiting: nbdexport.Waiting})
 		if err != nil {
 			return l, err
 		}
@@ -193,7 +207,7 @@ func (f *sourceFlags) moveLive(ctx context.Context, source *migrate.Source, conn
 	if !source.HandedOff() {
 		for _, d := range source.Status() {
 			if d.BytesSent > 0 {
-				c.log.Warn("ended before the handoff: the disk is here, with all that was written; what was copied is not trusted when a source is started again, and the copy begins anew",
+				c.log.Info("ended before the handoff: the disk is here, with all that was written; a source that is started again goes on with what was copied, unless the host is started anew or another program writes the disk",
 					"disk", d.Name, "copied_bytes", d.BytesSent)
 			}
 		}

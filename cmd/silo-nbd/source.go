@@ -125,7 +125,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 		return err
 	}
 	defer func() { err = errors.Join(err, closeAll(files)) }()
-	ledger, err := f.openLedger(specs, files, c)
+	ledger, err := f.openLedger(specs, files, nil, c)
 	if err != nil || ledger == nil {
 		return err
 	}

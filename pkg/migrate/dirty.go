@@ -25,10 +25,13 @@ type dirt struct {
 	written atomic.Int64 // bytes that clients wrote
 }
 
-func newDirt(geo geometry) *dirt {
+func newDirt(geo geometry) *dirt { return newDirtOver(geo, newAtomicBitmap(geo.blocks)) }
+
+// newDirtOver keeps which blocks are dirty in a bitmap of the caller's.
+func newDirtOver(geo geometry, dirty atomicBitmap) *dirt {
 	return &dirt{
 		geo:    geo,
-		dirty:  newAtomicBitmap(geo.blocks),
+		dirty:  dirty,
 		recent: [2]atomicBitmap{newAtomicBitmap(geo.blocks), newAtomicBitmap(geo.blocks)},
 	}
 }

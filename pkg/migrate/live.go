@@ -58,7 +58,7 @@ func (s *Source) recall() error {
 			// How many of the last steps were made is not known.
 			d.peer.recall(LastPeer{Owner: owner, Met: true, Pending: 2}, true)
 		} else if last, ok := s.opts.Ledger.Peer(d.Name); ok {
-			d.peer.recall(LastPeer{Owner: last}, false)
+			d.peer.recall(LastPeer{Owner: last, Met: d.Live != nil && d.Live.goesOn()}, false)
 		}
 	}
 	return nil

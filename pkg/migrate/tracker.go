@@ -40,6 +40,7 @@ type Tracker struct {
 	dirt   atomic.Pointer[dirt] // nil: nothing is remembered
 
 	drained chan struct{} // capacity 1: no write may be in flight
+	changes *Changes      // outlives the process; nil: there is none
 
 	mu sync.Mutex
 	// Guarded by mu:
@@ -63,6 +64,10 @@ type TrackerOptions struct {
 	HandedOff bool
 	// Owner is the destination's device that it was handed off to.
 	Owner Device
+	// Changes outlives the process: where it was kept, what changes is remembered from
+	// the beginning. It is the caller's to close, when nobody writes the disk any more.
+	// nil: what was copied is of no use to a source that is started again.
+	Changes *Changes
 	// Waiting is told of calls that wait for the end of a handoff: see lazy.Options.
 	Waiting func(ctx context.Context) (over func())
 }
@@ -79,9 +84,18 @@ func NewTracker(store storage.StorageProvider, o TrackerOptions) (*Tracker, erro
 	t.ext, _ = store.(storage.Extenter)
 	if o.HandedOff {
 		t.gate.Store(gateHandedOff)
+	} else if t.changes = o.Changes; t.changes != nil {
+		if t.changes.kept {
+			t.dirt.Store(t.changes.dirt())
+			t.record.last = t.changes.peer()
+		}
+		t.record.keep = t.changes.put
 	}
 	return t, nil
 }
+
+// goesOn reports whether an earlier process has left which blocks have changed.
+func (t *Tracker) goesOn() bool { return t.changes != nil && t.changes.kept }
 
 // HandedOff says that the disk belongs to the destination.
 func (t *Tracker) HandedOff() bool { return t.gate.Load() == gateHandedOff }
@@ -116,19 +130,44 @@ func (t *Tracker) WriteAtContext(ctx context.Context, p []byte, off int64) (n in
 // be given back. It waits as WriteAtContext does.
 func (t *Tracker) ZeroAtContext(ctx context.Context, off, length int64, punch bool) error {
 	return t.change(ctx, off, length, func() error {
-		if t.zero != nil {
-			return t.zero.ZeroAt(off, length, punch)
+		if t.zero == nil {
+			return t.writeZeroes(ctx, off, length)
 		}
-		return t.writeZeroes(off, length)
+		if err := storage.CheckRange(off, length, uint64(t.size)); err != nil {
+			return err
+		}
+		return eachChunk(ctx, off, length, func(off, length int64) error { return t.zero.ZeroAt(off, length, punch) })
 	})
 }
 
-func (t *Tracker) writeZeroes(off, length int64) error {
+// zeroChunk is how much is zeroed or trimmed, in bytes, between two looks at whether
+// the client is still there.
+const zeroChunk = 32 << 20
+
+// eachChunk calls do for the pieces of a range until it fails or ctx ends. A range
+// that is not on the disk is do's to refuse.
+func eachChunk(ctx context.Context, off, length int64, do func(off, length int64) error) error {
+	for length > zeroChunk {
+		if err := do(off, zeroChunk); err != nil {
+			return err
+		}
+		off, length = off+zeroChunk, length-zeroChunk
+		if ctx.Err() != nil {
+			return fmt.Errorf("migrate: given up: %w", context.Cause(ctx))
+		}
+	}
+	return do(off, length)
+}
+
+func (t *Tracker) writeZeroes(ctx context.Context, off, length int64) error {
 	if err := storage.CheckRange(off, length, uint64(t.size)); err != nil {
 		return err
 	}
 	b := make([]byte, min(length, maxPacket))
 	for length > 0 {
+		if ctx.Err() != nil {
+			return fmt.Errorf("migrate: given up: %w", context.Cause(ctx))
+		}
 		n := min(length, int64(len(b)))
 		if _, err := t.store.WriteAt(b[:n], off); err != nil {
 			return err
@@ -142,10 +181,10 @@ func (t *Tracker) writeZeroes(off, length int64) error {
 // It waits as WriteAtContext does.
 func (t *Tracker) TrimAtContext(ctx context.Context, off, length int64) error {
 	return t.change(ctx, off, length, func() error {
-		if t.trim == nil {
-			return storage.CheckRange(off, length, uint64(t.size))
+		if err := storage.CheckRange(off, length, uint64(t.size)); err != nil || t.trim == nil {
+			return err
 		}
-		return t.trim.TrimAt(off, length)
+		return eachChunk(ctx, off, length, t.trim.TrimAt)
 	})
 }
 
@@ -167,7 +206,9 @@ func (t *Tracker) change(ctx context.Context, off, length int64, do func() error
 	if d := t.dirt.Load(); d != nil {
 		d.mark(off, length)
 	}
+	t.changes.wrote(changesBegun)
 	err := do()
+	t.changes.wrote(changesEnded)
 	// Once more, and with what is remembered by now: see dirt.
 	if d := t.dirt.Load(); d != nil {
 		d.mark(off, length)
@@ -249,6 +290,7 @@ func (t *Tracker) give(owner Device) {
 	t.owner = owner
 	t.mu.Unlock()
 	t.open(gateHandedOff)
+	t.changes.invalidate()
 }
 
 func (t *Tracker) open(gate int32) {
@@ -269,8 +311,20 @@ func (t *Tracker) open(gate int32) {
 // dirty: a write that is not remembered has reached the disk by now, or will be
 // when it has.
 func (t *Tracker) track(geo geometry) *dirt {
-	if t.dirt.Load() == nil {
+	d := t.dirt.Load()
+	switch {
+	case d != nil && d.geo == geo:
+		return d
+	case d != nil: // what was left is in other blocks
+		fresh := newDirt(geo)
+		t.dirt.Store(fresh)
+		fresh.markAll()
+		t.changes.invalidate()
+		return fresh
+	case t.changes == nil || t.changes.geo != geo:
 		t.dirt.CompareAndSwap(nil, newDirt(geo))
+	case t.dirt.CompareAndSwap(nil, t.changes.dirt()):
+		t.changes.mem.Validate()
 	}
 	return t.dirt.Load()
 }

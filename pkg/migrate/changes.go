@@ -1,0 +1,198 @@
+package migrate
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/bits"
+	"sync/atomic"
+	"time"
+
+	"github.com/silo-nbd/silo-nbd/pkg/storage/bootfile"
+)
+
+// Changes is what a live source knows of its disk and of the destination, in memory
+// that outlives the process: which blocks were written since they were sent, and which
+// device was met last, in which state. A source that is started again goes on with it,
+// under the same generation, unless the host was started anew meanwhile. Whether
+// another program has written the disk since is for the caller to find out.
+//
+// It belongs to one Tracker.
+type Changes struct {
+	mem   bootMemory
+	geo   geometry
+	head  []atomic.Uint64
+	dirty atomicBitmap
+	kept  bool
+}
+
+// ChangesOptions say whose changes they are.
+type ChangesOptions struct {
+	RunDir    string   // a directory that lives as long as the boot
+	Disk      Identity // with the generation that the changes are counted from
+	Size      int64    // of the disk, in bytes
+	BlockSize int64    // of the migration, in bytes
+}
+
+// bootMemory is memory that lives as long as the boot: see bootfile.File.
+type bootMemory interface {
+	Kept() bool
+	Bytes() []byte
+	Reserve(off, length int64) error
+	Validate()
+	Forget() error
+	Close() error
+}
+
+// changesVersion is that of the layout below.
+const changesVersion = 1
+
+// Words of the first page. The peer is there twice, and one word says which counts: a
+// process may be killed while it writes the other.
+const (
+	changesGeneration = iota
+	changesSize
+	changesBlockSize
+	changesBegun // when the last write began, in nanoseconds since 1970
+	changesEnded // when the last write ended
+	changesPeer  // which of the two counts
+	changesPeers // here they begin
+	peerWords    = 6
+)
+
+const changesHead = 4096 // bytes
+
+// maxChanges is how large the bits may be, in bytes. They take memory all at once.
+const maxChanges = 64 << 20
+
+// wroteSlack is how much a file's time of change may differ from when its last write
+// was seen: file systems take the time a few milliseconds late.
+const wroteSlack = time.Second
+
+// OpenChanges opens what an earlier process of this boot has left of the disk, or
+// begins anew if there is nothing of this generation: Kept reports which.
+func OpenChanges(o ChangesOptions) (*Changes, error) {
+	name := fmt.Sprintf("%x.source", o.Disk.UUID)
+	return openChanges(o, func(size int64) (bootMemory, error) {
+		return bootfile.Open(o.RunDir, name, changesVersion, size)
+	})
+}
+
+func openChanges(o ChangesOptions, open func(size int64) (bootMemory, error)) (*Changes, error) {
+	geo, err := newGeometry(o.Size, o.BlockSize)
+	if err != nil {
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
+	size := (geo.blocks + 63) / 64 * 8
+	if size > maxChanges {
+		return nil, fmt.Errorf("migrate: what changes would take %d MiB of memory, and at most %d are taken: choose larger blocks", size>>20, maxChanges>>20)
+	}
+	for range 2 {
+		mem, err := open(changesHead + size)
+		if err != nil {
+			return nil, err
+		}
+		if err := mem.Reserve(0, changesHead+size); err != nil {
+			return nil, errors.Join(err, mem.Close())
+		}
+		words := bootfile.Words(mem.Bytes())
+		c := &Changes{mem: mem, geo: geo, head: words[:changesHead/8], dirty: atomicBitmap(words[changesHead/8:]), kept: mem.Kept()}
+		if !c.kept {
+			c.head[changesGeneration].Store(o.Disk.Generation)
+			c.head[changesSize].Store(uint64(o.Size))
+			c.head[changesBlockSize].Store(uint64(o.BlockSize))
+			return c, nil
+		}
+		if c.belongs(o) {
+			return c, nil
+		}
+		if err := c.Forget(); err != nil {
+			return nil, err
+		}
+	}
+	return nil, errors.New("migrate: what an earlier process has left cannot be removed")
+}
+
+// belongs reports whether what was kept is about these contents of the disk.
+func (c *Changes) belongs(o ChangesOptions) bool {
+	return c.head[changesGeneration].Load() == o.Disk.Generation && o.Disk.Generation != 0 &&
+		c.head[changesSize].Load() == uint64(o.Size) && c.head[changesBlockSize].Load() == uint64(o.BlockSize)
+}
+
+// Kept reports whether an earlier process has left what it knew.
+func (c *Changes) Kept() bool { return c.kept }
+
+// WrittenLast reports whether a file that was changed at changed, as its file system
+// has it, can have been written by the earlier process last, and by no other since.
+func (c *Changes) WrittenLast(changed time.Time) bool {
+	begun, ended := time.Unix(0, int64(c.head[changesBegun].Load())), time.Unix(0, int64(c.head[changesEnded].Load()))
+	return !changed.Before(begun.Add(-wroteSlack)) && !changed.After(ended.Add(wroteSlack))
+}
+
+// SetWritten notes when the disk was changed last, before its Tracker is made.
+func (c *Changes) SetWritten(at time.Time) {
+	c.head[changesBegun].Store(uint64(at.UnixNano()))
+	c.head[changesEnded].Store(uint64(at.UnixNano()))
+}
+
+// wrote notes that a write begins or ends now.
+func (c *Changes) wrote(word int) {
+	if c != nil {
+		c.head[word].Store(uint64(time.Now().UnixNano()))
+	}
+}
+
+// dirt is what remembers the changes from now on.
+func (c *Changes) dirt() *dirt {
+	d := newDirtOver(c.geo, c.dirty)
+	for w := range c.dirty {
+		d.count.Add(int64(bits.OnesCount64(c.dirty[w].Load())))
+	}
+	return d
+}
+
+// put keeps what is known of the destination.
+func (c *Changes) put(p LastPeer) {
+	next := 1 - c.head[changesPeer].Load()&1
+	w := c.head[changesPeers+peerWords*next:][:peerWords]
+	w[0].Store(binary.LittleEndian.Uint64(p.Device[:8]))
+	w[1].Store(binary.LittleEndian.Uint64(p.Device[8:]))
+	w[2].Store(p.Epoch)
+	w[3].Store(uint64(p.Steps))
+	w[4].Store(uint64(p.Pending))
+	w[5].Store(bitOf(p.Taken)<<1 | bitOf(p.Met))
+	c.head[changesPeer].Store(next)
+}
+
+// peer is what put has kept last.
+func (c *Changes) peer() (p LastPeer) {
+	w := c.head[changesPeers+peerWords*(c.head[changesPeer].Load()&1):][:peerWords]
+	binary.LittleEndian.PutUint64(p.Device[:8], w[0].Load())
+	binary.LittleEndian.PutUint64(p.Device[8:], w[1].Load())
+	p.Epoch = w[2].Load()
+	p.Steps = uint32(w[3].Load())
+	p.Pending = uint32(w[4].Load())
+	p.Taken, p.Met = w[5].Load()&2 != 0, w[5].Load()&1 != 0
+	return p
+}
+
+func bitOf(b bool) uint64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// invalidate has the next process begin anew: the disk was handed off, or its changes
+// are remembered otherwise.
+func (c *Changes) invalidate() {
+	if c != nil {
+		_ = c.mem.Forget() // what cannot be removed does not count any more all the same
+	}
+}
+
+// Forget ends it for good: the changes are not known any more.
+func (c *Changes) Forget() error { return errors.Join(c.mem.Forget(), c.mem.Close()) }
+
+// Close leaves it to the next process. Nobody may write the disk any more.
+func (c *Changes) Close() error { return c.mem.Close() }
