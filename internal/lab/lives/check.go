@@ -74,7 +74,7 @@ func (r *run) attach(p *process) error {
 		e.begun = true
 		if r.cloneAt(p.port) {
 			f.line = of.clone(r.nextLine())
-			f.line.owner = f
+			f.line.owner, f.local = f, map[int]bool{}
 		}
 		p.host.noted[p.host.real(e.as)] = false
 		e.file = f
