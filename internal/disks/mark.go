@@ -75,9 +75,11 @@ type backing struct {
 var _ lazy.Backing = (*backing)(nil)
 
 // Stamp implements lazy.Backing.
-func (b *backing) Stamp() ([]byte, error) {
-	if err := b.file.SyncXattr(); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return nil, err // its times would not be durable
+func (b *backing) Stamp(final bool) ([]byte, error) {
+	if final {
+		if err := b.Sync(); err != nil {
+			return nil, err // its times would not be durable
+		}
 	}
 	s, err := b.file.Stamp()
 	if err != nil {
@@ -93,11 +95,16 @@ func (b *backing) SetMark(v lazy.Mark, state lazy.MapState) error {
 		m.Map = where
 	}
 	value, err := json.Marshal(m)
-	if err == nil {
-		err = b.file.SetXattr(markName, value)
+	if err != nil {
+		return err
 	}
-	if err == nil {
-		err = b.file.SyncXattr()
+	return b.file.SetXattr(markName, value)
+}
+
+// Sync implements lazy.Backing.
+func (b *backing) Sync() error {
+	if err := b.file.SyncXattr(); !errors.Is(err, errors.ErrUnsupported) {
+		return err
 	}
-	return err
+	return nil
 }

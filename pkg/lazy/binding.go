@@ -33,11 +33,14 @@ func (m Mark) String() string { return hex.EncodeToString(m[:]) }
 // Backing is the disk that a map belongs to, as far as it is not read.
 type Backing interface {
 	// Stamp names the disk, and what can be seen of its state, at most MaxStamp
-	// bytes. What was written to the disk before must be in it also after a power cut.
-	Stamp() ([]byte, error)
-	// SetMark makes it durable that the disk has the mark of a map that says state.
-	// The error is errors.ErrUnsupported if a disk of this kind cannot bear one.
+	// bytes. With final nothing is written any more, and what can be seen must be the
+	// same after a power cut.
+	Stamp(final bool) ([]byte, error)
+	// SetMark has the disk bear the mark of a map that says state, durably after the
+	// next Sync. The error is errors.ErrUnsupported if a disk of this kind cannot bear one.
 	SetMark(mark Mark, state MapState) error
+	// Sync makes the mark durable. It may write all that is in the disk's cache.
+	Sync() error
 }
 
 // Binding is what a map knows of its disk.
@@ -146,33 +149,69 @@ func (h *header) binding() Binding {
 // caller knows that the disk is the right one. An error leaves a map that is bound to
 // what it was bound to before.
 func (m *Map) Bind(b Backing, mark Mark) error {
-	stamp, err := b.Stamp()
+	stamp, err := b.Stamp(false)
 	if err != nil {
 		return err
 	}
 	if len(stamp) > MaxStamp {
 		return fmt.Errorf("%s: a stamp of %d bytes: at most %d fit", m.path, len(stamp), MaxStamp)
 	}
-	err = m.update(func(h *header) {
+	m.backing, m.borne = b, mark
+	change := func(h *header) {
 		h.bond.stamp = string(stamp)
 		h.bond.flags &^= bondClean
-	})
-	if err == nil {
-		m.backing, m.borne = b, mark
-		if err = m.mark(); err != nil {
-			m.backing = nil
+	}
+	if k := m.Binding(); k.Unsettled && k.Bears(mark) {
+		err = m.markAgain(mark, change)
+	} else {
+		if !k.Bears(mark) { // an operator vouches for the disk
+			err = b.Sync()
 		}
+		if err == nil {
+			err = m.mark(change)
+		}
+	}
+	if err == nil && mark == (Mark{}) {
+		err = m.settleMark() // by any name of it the disk says from now on that it is not whole
+	}
+	if err != nil {
+		m.backing = nil
 	}
 	return err
 }
 
-// mark gives the disk a new mark, with the state. The header has it first, with the
-// one before, so that the map knows its disk wherever the power goes.
-func (m *Map) mark() error {
+// markAgain goes on with a mark that the process before could not settle: which of the
+// two the disk bears durably is not known, so that there cannot be a third one.
+func (m *Map) markAgain(found Mark, change func(h *header)) error {
+	if err := m.update(change); err != nil {
+		return err
+	}
+	h := m.header()
+	if found == h.bond.mark {
+		return nil
+	}
+	err := m.backing.SetMark(h.bond.mark, h.state)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return m.settled(Mark{})
+	}
+	if err == nil {
+		m.borne = h.bond.mark
+	}
+	return err
+}
+
+// mark gives the disk a new mark, with the state, and makes another change of the
+// header. The header has the mark first, with the one before, so that the map knows its
+// disk wherever the power goes, until settleMark.
+func (m *Map) mark(change func(h *header)) error {
+	if err := m.settleMark(); err != nil { // of the two that it may bear before there is a third
+		return err
+	}
 	var mark Mark
 	before := m.borne
 	rand.Read(mark[:]) // never fails
 	err := m.update(func(h *header) {
+		change(h)
 		h.bond.mark, h.bond.before = mark, before
 		h.bond.flags |= bondMarking
 	})
@@ -181,16 +220,50 @@ func (m *Map) mark() error {
 	}
 	switch err := m.backing.SetMark(mark, m.header().state); {
 	case errors.Is(err, errors.ErrUnsupported):
-		mark = Mark{}
+		return m.settled(Mark{})
 	case err != nil && before != (Mark{}):
 		return nil // it bears the mark before, which still counts
 	case err != nil:
 		return err
 	}
 	m.borne = mark
+	return nil
+}
+
+// settleMark makes the mark of the disk durable, and then the one before void.
+func (m *Map) settleMark() error {
+	mark := m.borne
+	if k := m.header().bond; k.flags&bondMarking == 0 || k.mark != mark {
+		return nil
+	}
+	if err := m.backing.Sync(); err != nil {
+		return err
+	}
+	return m.settled(mark)
+}
+
+// settled has the map know its disk by one mark only.
+func (m *Map) settled(mark Mark) error {
 	return m.update(func(h *header) {
 		h.bond.mark, h.bond.before = mark, Mark{}
 		h.bond.flags &^= bondMarking
+	})
+}
+
+// markLoop settles the mark that the disk got when the map was bound. That may take as
+// long as it takes to write the disk's cache, which nobody waits for.
+func (d *Device) markLoop() {
+	m := d.epoch.m
+	mark := m.header().bond.mark
+	if err := m.backing.Sync(); err != nil {
+		d.log.Warn("the mark of the disk could not be made durable; the one before counts as well", "map", m.path, "error", err)
+		return
+	}
+	_ = d.flush.alone(d, func() error { // who writes next hears of the error
+		if k := m.header().bond; k.flags&bondMarking == 0 || k.mark != mark || m.borne != mark {
+			return nil
+		}
+		return mayRetry(m.settled(mark))
 	})
 }
 

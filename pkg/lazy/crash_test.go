@@ -406,9 +406,14 @@ type crashBacking struct {
 	p *process
 }
 
-func (b crashBacking) Stamp() ([]byte, error) {
+func (b crashBacking) Stamp(final bool) ([]byte, error) {
 	if _, err := b.p.begin("stamp disk"); err != nil {
 		return nil, err
+	}
+	if final {
+		if err := b.Sync(); err != nil {
+			return nil, err
+		}
 	}
 	sum := sha256.Sum256(b.m.disk.bytes())
 	return sum[:], nil
@@ -416,10 +421,12 @@ func (b crashBacking) Stamp() ([]byte, error) {
 
 func (b crashBacking) SetMark(mark Mark, _ MapState) error {
 	h := handle{f: b.m.mark, p: b.p, name: "mark"}
-	if _, err := h.WriteAt(mark[:], 0); err != nil {
-		return err
-	}
-	return h.flush()
+	_, err := h.WriteAt(mark[:], 0)
+	return err
+}
+
+func (b crashBacking) Sync() error {
+	return handle{f: b.m.mark, p: b.p, name: "mark"}.flush()
 }
 
 // bears is the mark of the disk.

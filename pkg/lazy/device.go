@@ -156,6 +156,9 @@ func New(disk storage.StorageProvider, o Options) (*Device, error) {
 		}
 	}
 	d.loops.Go(d.watchLoop)
+	if m := d.epoch.m; m != nil && m.backing != nil && m.header().bond.flags&bondMarking != 0 {
+		d.loops.Go(d.markLoop)
+	}
 	if d.mapped {
 		d.loops.Go(d.saveLoop)
 	}

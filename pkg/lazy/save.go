@@ -203,7 +203,11 @@ func (d *Device) finish() error {
 		return err
 	}
 	if s.m.backing != nil {
-		if err := s.m.mark(); err != nil { // the mark before still counts
+		err := s.m.mark(func(*header) {})
+		if err == nil {
+			err = s.m.settleMark()
+		}
+		if err != nil { // the mark before still counts
 			d.log.Warn("the disk could not be marked as complete; it is complete all the same", "map", s.m.path, "error", err)
 		}
 	}

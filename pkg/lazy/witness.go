@@ -221,11 +221,11 @@ func (d *Device) bindCleanly() error {
 	if !d.complete.Load() {
 		// Another mark: a map that was kept from before the end looks like one of a
 		// process that was killed then, and must not pass for the present one.
-		if err := d.flush.alone(d, func() error { return mayRetry(m.mark()) }); err != nil {
+		if err := d.flush.alone(d, func() error { return mayRetry(m.mark(func(*header) {})) }); err != nil {
 			return err
 		}
 	}
-	stamp, err := m.backing.Stamp() // after it, since it changes the change time
+	stamp, err := m.backing.Stamp(true) // after it, since it changes the change time; the mark is durable then
 	if err != nil {
 		return err
 	}
@@ -233,6 +233,10 @@ func (d *Device) bindCleanly() error {
 		return mayRetry(m.update(func(h *header) {
 			h.bond.count, h.bond.samples, h.bond.stamp = k.count, k.samples, string(stamp)
 			h.bond.flags |= bondClean
+			if h.bond.mark == m.borne {
+				h.bond.before = Mark{}
+				h.bond.flags &^= bondMarking
+			}
 		}))
 	})
 }
