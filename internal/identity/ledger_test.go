@@ -428,3 +428,21 @@ func TestManyDisksAreHandedOffTogether(t *testing.T) {
 		require.NoError(t, l.Close())
 	}
 }
+
+// A handoff that is tried again and again does not make a state file forget those
+// that took place, nor grow.
+func TestStateFileRemembersTheHandoffsThatTookPlace(t *testing.T) {
+	s := &state{}
+	s.end("first", endReclaimed)
+	for i := range 3 * maxEnded {
+		s.end(strings.Repeat("x", i+1), endAborted)
+	}
+	require.Equal(t, endReclaimed, s.knows("first"))
+	require.Equal(t, endAborted, s.knows(strings.Repeat("x", 3*maxEnded)))
+	require.Len(t, s.Ended, maxEnded)
+	for i := range 2 * maxEnded {
+		s.end(strings.Repeat("y", i+1), endReturned)
+	}
+	require.Len(t, s.Ended, maxEnded)
+	require.Equal(t, endReturned, s.knows(strings.Repeat("y", 2*maxEnded)))
+}

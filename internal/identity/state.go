@@ -160,8 +160,9 @@ func (s *state) end(id, how string) {
 		return
 	}
 	s.Ended = append(slices.Clone(s.Ended), ended{id, how})
-	if n := len(s.Ended) - maxEnded; n > 0 {
-		s.Ended = s.Ended[n:]
+	if len(s.Ended) > maxEnded { // those that were never published go first
+		i := max(0, slices.IndexFunc(s.Ended, func(e ended) bool { return e.How == endAborted }))
+		s.Ended = slices.Delete(s.Ended, i, i+1)
 	}
 	if s.Staged == id {
 		s.Staged = ""
