@@ -120,7 +120,7 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 			return l, err
 		}
 		l.moving = append(l.moving, migrate.SourceDisk{
-			Name: s.Name, Live: tracker, Identity: l.ledger.Identity(i),
+			Name: s.Name, Live: tracker, Identity: l.ledger.Identity(i), Former: l.ledger.Former(i),
 			Changed: func() error { return l.ledger.Changed(i) },
 		})
 	}

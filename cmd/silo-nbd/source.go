@@ -133,7 +133,7 @@ func (f *sourceFlags) run(ctx context.Context, specs []disks.Spec, c *console) (
 	var moving []migrate.SourceDisk
 	for i, file := range files {
 		moving = append(moving, migrate.SourceDisk{
-			Name: specs[i].Name, Store: file, Identity: ledger.Identity(i),
+			Name: specs[i].Name, Store: file, Identity: ledger.Identity(i), Former: ledger.Former(i),
 			Changed: func() error { return ledger.Changed(i) },
 		})
 	}

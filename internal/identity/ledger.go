@@ -252,6 +252,7 @@ func (e *entry) prepareState(o Options) {
 	for _, m := range e.marks {
 		if e.state.knows(m.ID) == "" {
 			e.state.end(m.ID, endReclaimed)
+			e.state.Ended[len(e.state.Ended)-1].Owner = m.Owner
 			e.state.Generation = 0
 			e.reclaimed = true
 		}
@@ -328,6 +329,22 @@ func (l *Ledger) Identity(i int) migrate.Identity {
 		return migrate.Identity{} // only of one that is finished
 	}
 	return l.disks[i].state.identity()
+}
+
+// Former are the devices to which the i-th disk was handed off once, and from which it
+// has come back since or was taken back.
+func (l *Ledger) Former(i int) (all []migrate.Device) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.disks[i].state == nil {
+		return nil
+	}
+	for _, h := range l.disks[i].state.Ended {
+		if d, err := uuid("owner", h.Owner); err == nil && h.How != endAborted {
+			all = append(all, d)
+		}
+	}
+	return all
 }
 
 // Note is what is noted about the i-th disk; nil: it is this host's. It never waits.

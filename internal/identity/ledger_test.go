@@ -213,7 +213,9 @@ func TestHandedOffDisksStayHandedOff(t *testing.T) {
 		require.NoError(t, err)
 		require.Nil(t, note)
 	}
-	require.NoError(t, mustOpen(t, disks[1:], live(Options{})).Close())
+	l = mustOpen(t, disks[1:], live(Options{}))
+	require.Equal(t, []migrate.Device{want.Device}, l.Former(0), "it may come back, and is not the owner")
+	require.NoError(t, l.Close())
 }
 
 // A note counts against the disks that it names, and not against those that are

@@ -75,8 +75,9 @@ type member struct {
 
 // ended is a handoff that counts no more.
 type ended struct {
-	ID  string `json:"id"`
-	How string `json:"how"`
+	ID    string `json:"id"`
+	How   string `json:"how"`
+	Owner string `json:"owner,omitempty"` // the device that it went to, if that is known
 }
 
 // How a handoff has ended.
@@ -159,7 +160,11 @@ func (s *state) end(id, how string) {
 	if id == "" || s.knows(id) == how && s.Staged != id {
 		return
 	}
-	s.Ended = append(slices.Clone(s.Ended), ended{id, how})
+	owner := ""
+	if s.Handoff != nil && s.Handoff.ID == id {
+		owner = s.Handoff.Owner
+	}
+	s.Ended = append(slices.Clone(s.Ended), ended{id, how, owner})
 	if len(s.Ended) > maxEnded { // those that were never published go first
 		i := max(0, slices.IndexFunc(s.Ended, func(e ended) bool { return e.How == endAborted }))
 		s.Ended = slices.Delete(s.Ended, i, i+1)

@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 )
@@ -34,6 +35,9 @@ func (s *Source) dispossess(refused *protocol.RefusedError) error {
 	last, owned := d.peer.get()
 	if owned || d.clone || !peer.Live || peer.Device == (Device{}) || peer.Identity.UUID != d.Identity.UUID {
 		return nil
+	}
+	if slices.Contains(d.Former, peer.Device) {
+		return nil // the disk was taken back from it, and it goes on without knowing
 	}
 	owner := Owner{Device: peer.Device, Epoch: peer.Epoch.Now, Taken: true}
 	to := make(map[string]Owner)

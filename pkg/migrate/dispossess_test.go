@@ -52,6 +52,35 @@ func TestALiveSourceThatWasRolledBackStopsWhenItsOwnerAnswers(t *testing.T) {
 	})
 }
 
+// TestASourceThatTookItsDiskBackServesOnWhenTheFormerOwnerAnswers: a disk is taken back
+// when its destination cannot be reached, which may come back and knows nothing of it
+// (rule 6).
+func TestASourceThatTookItsDiskBackServesOnWhenTheFormerOwnerAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := testDisk(t, 1<<20, 1)
+		w := newWires()
+		m := startMoveOver(t, w, SourceOptions{Rate: 128 << 10}, SourceDisk{Name: "disk", Live: newTracker(t, store), Identity: testID})
+		h := newHost(t)
+		h.start(t.Context(), from(w.dst))
+		<-time.After(time.Second)
+		require.NoError(t, m.src.Handoff(m.ctx))
+		m.end()
+
+		tr := newTracker(t, store)
+		m = startMoveOver(t, w, SourceOptions{}, SourceDisk{
+			Name: "disk", Live: tr, Identity: Identity{UUID: testID.UUID, Generation: 99}, Former: []Device{h.dst.all()[0].device},
+		})
+		<-time.After(time.Minute)
+		require.Positive(t, h.log.count("is in use here"))
+		require.Empty(t, m.done)
+		require.Zero(t, m.src.Status()[0].BytesSent)
+		_, err := tr.WriteAt([]byte("a machine runs"), 0)
+		require.NoError(t, err)
+		m.end()
+		h.end()
+	})
+}
+
 // TestAFrozenSourceThatWasRolledBack: with other contents it sends nothing and ends;
 // with the same ones, which its generation or a comparison proves, the destination that uses the disk
 // is its owner, and gets the rest (rule 6, trap I4).

@@ -36,6 +36,9 @@ type SourceDisk struct {
 	// is still the disk of which it has a part. Zero: it gets one for the life of the
 	// Source.
 	Identity Identity
+	// Former are the devices to which the disk was handed off once and which are not its
+	// owners any more, whatever they say.
+	Former []Device
 	// Changed returns what was done to the disk, which must not be written, since its
 	// Identity was taken; nil if it is as it was. It is called on each connection,
 	// every second while one lasts, and before the destination is told that it has
