@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -71,11 +72,11 @@ func (a *admission) run(ctx context.Context) error {
 	if err := each(ctx, a.lines, a.take); err != nil {
 		return err
 	}
-	a.src.noteTaken()
 	a.meet()
 	for _, c := range a.lines {
 		close(c.pump.admitted)
 	}
+	a.src.noteTaken() // only now: nobody has to wait for it
 	return nil
 }
 
@@ -125,6 +126,9 @@ func (a *admission) check(ctx context.Context, c *line) error {
 		}
 	case c.order.live != nil && c.extended && c.told.plain:
 		return errOldPeer
+	case !c.disk.clone && c.told.Live && slices.Contains(c.disk.Former, c.told.device()):
+		return a.refuse(ctx, c, fmt.Errorf("disk %q was taken back from this destination, which still uses it: nothing was sent: "+
+			"to move it there again begin anew with --overwrite", c.disk.Name))
 	}
 	return nil
 }

@@ -81,6 +81,29 @@ func TestASourceThatTookItsDiskBackServesOnWhenTheFormerOwnerAnswers(t *testing.
 	})
 }
 
+// TestAFormerOwnerGetsNothing of a frozen disk that was taken back from it, also if it
+// has the very contents (rule 6).
+func TestAFormerOwnerGetsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, _ := testDisk(t, 1<<20, 1)
+		w := newWires()
+		m := startMoveOver(t, w, SourceOptions{Rate: 128 << 10}, SourceDisk{Name: "disk", Store: store, Identity: testID})
+		h := newHost(t)
+		h.start(t.Context(), from(w.dst))
+		<-h.dev.Live()
+		m.end()
+		m = startMoveOver(t, w, SourceOptions{}, SourceDisk{
+			Name: "disk", Store: store, Identity: testID, Former: []Device{h.dst.all()[0].device},
+		})
+		<-time.After(time.Minute)
+		require.Empty(t, m.done)
+		require.Zero(t, m.src.Status()[0].BytesSent)
+		require.Positive(t, h.log.count("was taken back from this destination"))
+		m.end()
+		h.end()
+	})
+}
+
 // TestAFrozenSourceThatWasRolledBack: with other contents it sends nothing and ends;
 // with the same ones, which its generation or a comparison proves, the destination that uses the disk
 // is its owner, and gets the rest (rule 6, trap I4).
