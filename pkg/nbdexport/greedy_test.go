@@ -129,12 +129,12 @@ func TestGreedyClientsThatLeaveMakeRoom(t *testing.T) {
 	require.Eventually(t, func() bool { return s.waits.used.Load() == 0 }, 10*time.Second, time.Millisecond)
 }
 
-// TestHostileClientsCostBoundedMemory measures what 1,024 clients cost that have
+// TestHostileClientsAllocateBoundedMemory measures what 1,024 clients cost that have
 // 4,096 WRITE_ZEROES waiting each, both ends of their connections included
 // (fault C2).
-func TestHostileClientsCostBoundedMemory(t *testing.T) {
+func TestHostileClientsAllocateBoundedMemory(t *testing.T) {
 	if testing.Short() || raceEnabled {
-		t.Skip("measures the memory of the process, which the race detector multiplies")
+		t.Skip("measures the memory of the process, which the race detector multiplies: scripts/test runs it without")
 	}
 	d := waitingZeroes{newDisk(2 * mib)}
 	d.missing = mib
