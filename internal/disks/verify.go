@@ -89,7 +89,7 @@ func (d *Disk) wrong(is *mark) (string, error) {
 		return "", err
 	}
 	if same, known := was.SameDisk(now); known && !same {
-		return "it is another one: " + difference(was, now), nil
+		return "it is another one: " + difference(was, now, false), nil
 	}
 	if !k.Bears(is.value()) {
 		if is == nil {
@@ -100,7 +100,7 @@ func (d *Disk) wrong(is *mark) (string, error) {
 	if !k.Clean || d.Map.State() == lazy.MapComplete || unchanged(was, now) {
 		return "", nil
 	}
-	return "it was changed since dest ended: " + difference(was, now), nil
+	return "it was changed since dest ended: " + difference(was, now, true), nil
 }
 
 // unchanged reports whether nothing speaks against a disk being as it was. A device
@@ -120,8 +120,8 @@ func unchanged(was, now sources.Stamp) bool {
 	return was.Unchanged(now)
 }
 
-// difference lists in what two stamps differ, first what was expected.
-func difference(was, now sources.Stamp) string {
+// difference lists in what two stamps differ, with written also in what tells of writes.
+func difference(was, now sources.Stamp, written bool) string {
 	var all []string
 	add := func(what string, was, now any) {
 		if was != now {
@@ -137,9 +137,11 @@ func difference(was, now sources.Stamp) string {
 	add("WWID", quoted(was.WWID), quoted(now.WWID))
 	add("device mapper's UUID", quoted(was.DMUUID), quoted(now.DMUUID))
 	add("partition's UUID", quoted(was.PartUUID), quoted(now.PartUUID))
-	add("modified", stampTime(was.ModTime), stampTime(now.ModTime))
-	add("changed", stampTime(was.ChangeTime), stampTime(now.ChangeTime))
-	add("sectors written", was.Written, now.Written)
+	if written {
+		add("modified", stampTime(was.ModTime), stampTime(now.ModTime))
+		add("changed", stampTime(was.ChangeTime), stampTime(now.ChangeTime))
+		add("sectors written", was.Written, now.Written)
+	}
 	return strings.Join(all, "; ")
 }
 

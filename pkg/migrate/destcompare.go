@@ -40,9 +40,9 @@ func (d *destDisk) mustCompare(di *protocol.DevInfo) bool {
 }
 
 // comparisonAsked reports whether an operator has vouched that this is the disk of the
-// map, which cannot be known otherwise.
+// map, which cannot be known otherwise, and there is something to compare.
 func (d *destDisk) comparisonAsked() bool {
-	return d.store.Map != nil && !d.complete.Load() && d.store.Map.Compare()
+	return d.store.Map != nil && !d.complete.Load() && d.store.Map.Compare() && d.dev.Stats().Fetched > 0
 }
 
 // unequalError means that the source's disk, under id, is not that of which a part is here.

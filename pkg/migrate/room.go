@@ -176,10 +176,16 @@ func (d *destDisk) file(err error) string {
 // Data that was here already, and came once more, has needed none.
 func (d *destDisk) roomy() {
 	d.mu.Lock()
-	if d.shortage.err == nil || d.dev.Stats().BytesLocal <= d.shortage.local {
-		d.mu.Unlock()
-		return
+	found := d.shortage.err != nil && d.dev.Stats().BytesLocal > d.shortage.local
+	d.mu.Unlock()
+	if found {
+		d.roomFound()
 	}
+}
+
+// roomFound notes that what found no room has found some.
+func (d *destDisk) roomFound() {
+	d.mu.Lock()
 	since, tell := d.shortage.since, d.shortage.untold
 	d.shortage.err, d.shortage.untold = nil, false
 	d.mu.Unlock()
@@ -194,6 +200,9 @@ func (d *destDisk) withRoom(gone <-chan struct{}, do func() error) error {
 	for pause := firstRoomPause; ; pause = min(2*pause, maxRoomPause) {
 		err := do()
 		if !lazy.NoRoom(err) {
+			if pause > firstRoomPause {
+				d.roomFound()
+			}
 			return err
 		}
 		_ = d.short(err) // the source waits for its answer, and hears nothing else
