@@ -75,6 +75,21 @@ func TestAKillUndoesNothingThatWasAnswered(t *testing.T) {
 	}
 }
 
+// A block that came from the source and was written to since is not taken for what the
+// source has, after a kill either. (fault F2, trap D8)
+func TestAKillKeepsWhichBlocksAreAsTheyCame(t *testing.T) {
+	a := newMirrored(t, 8, 0, Options{})
+	mustWrite(t, a.s, 0, filled(1, 8*testBlock))
+	a.sync()
+	mustWrite(t, a.d, 3*testBlock+512, filled(2, 512))
+	a.restarts(2)
+	for block := range int64(8) {
+		if got := a.d.Unmodified(block * testBlock); got != (block != 3) {
+			t.Errorf("block %d is unmodified: %t", block, got)
+		}
+	}
+}
+
 // After a power cut the log is laid over the disk, also by a process that is killed
 // while it does so, and that had memory for a mirror by then. (fault F2, trap I9)
 func TestTheLogIsLaidAfterAPowerCutAlsoWhenThatIsInterrupted(t *testing.T) {

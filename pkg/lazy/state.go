@@ -148,6 +148,7 @@ func (s *state) overwrite(lo, hi int64) {
 			continue
 		}
 		s.changes.begin()
+		s.mirror.setWritten(w, mask)
 		old := s.written[w].Or(mask)
 		s.writes.Add(int64(bits.OnesCount64(mask &^ old)))
 		s.changes.end(regionWritten, w<<6, w<<6+1)
