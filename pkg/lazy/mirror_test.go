@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 )
 
@@ -205,6 +206,42 @@ func TestAMirrorOfAFailedSyncIsNotBelieved(t *testing.T) {
 		a.cut(false, false)
 		mustRead(t, a.d, 3*testBlock, filled(4, testBlock))
 	}
+}
+
+// The process is killed between a failed sync of the disk and the mark in its map: the
+// mirror knows of it. (fault F3, trap I10)
+func TestAFailedSyncIsKnownAlsoWhenTheMapWasNotMarked(t *testing.T) {
+	a := newMirrored(t, 8, testLog, Options{})
+	a.sync()
+	a.put(testBlock, filled(2, 512))
+	mustWrite(t, a.d, 3*testBlock, filled(3, testBlock))
+	if err := a.d.TrimAtContext(t.Context(), 5*testBlock, testBlock); err != nil { // it is not logged
+		t.Fatal(err)
+	}
+	failed := false
+	a.p.hook = func(op string) error {
+		if failed && op == "write map" {
+			a.p.kill()
+		}
+		if op == "sync disk" {
+			failed = true
+			a.disk.failSync(nil)
+			return syscall.EIO
+		}
+		return nil
+	}
+	if a.d.Sync() == nil {
+		t.Fatal("a flush did not fail")
+	}
+	a.crash()
+	if got := a.local(); len(got) != 0 {
+		t.Errorf("%v is believed", got)
+	}
+	mustRead(t, a.d, testBlock, filled(2, 512))
+	mustWrite(t, a.d, 3*testBlock, filled(4, testBlock))
+	a.sync()
+	a.cut(false, false)
+	mustRead(t, a.d, 3*testBlock, filled(4, testBlock))
 }
 
 // A real file: the mirror outlives a process that does not close it, and is gone when
