@@ -27,7 +27,7 @@ const (
 	maxActive       = 64        // requests of a connection that run at once, not counting those that wait
 	maxWaiting      = 4096      // requests of a connection that wait for data
 	maxWaitingBytes = 64 << 20  // memory of a connection's waiting requests that does not count as active
-	waitCost        = 8 << 10   // of a request that waits beside its data: its goroutine with its stack, and what it is noted in
+	waitCost        = 12 << 10  // of a request that waits beside its data: its goroutine with its stack, and what it is noted in
 	freeWaits       = 8         // requests of a connection that may wait whatever others do
 	maxQueued       = 4 << 20   // replies of a connection that wait for a slow client, or one reply
 	maxIdleWorkers  = 8         // goroutines of a connection kept for the next request
