@@ -430,7 +430,7 @@ func (s *Source) move(ctx context.Context, c *line) error {
 	loops.Go(func() error { return c.pump.bulkLoop(ctx) })
 	loops.Go(func() error { return c.pump.demandLoop(ctx) })
 	loops.Go(func() error { s.first(ctx, c); return nil })
-	loops.Go(func() error { return d.finish(ctx, c) })
+	loops.Go(func() error { return s.finish(ctx, c) })
 	if err := loops.Wait(); err != nil && !errors.Is(err, errMoved) {
 		err = c.pump.cause(err)
 		d.note(err)
@@ -442,7 +442,8 @@ func (s *Source) move(ctx context.Context, c *line) error {
 
 // finish waits until every block is settled, says Completed, and returns
 // errMoved when the destination has agreed.
-func (d *sourceDisk) finish(ctx context.Context, c *line) error {
+func (s *Source) finish(ctx context.Context, c *line) error {
+	d := c.disk
 	if err := c.pump.awaitAdmission(ctx); err != nil {
 		return err
 	}
@@ -463,12 +464,26 @@ func (d *sourceDisk) finish(ctx context.Context, c *line) error {
 	d.mu.Lock()
 	d.complete = true
 	d.mu.Unlock()
-	if _, extended := to.Peer(); extended {
+	if _, extended := to.Peer(); extended && s.noteComplete() {
 		// Tells the destination that its answer has come (trap M15). If this is
 		// lost, it waits a little for us to ask again.
 		_ = to.RemoveDev()
 	}
 	return errMoved
+}
+
+// noteComplete notes that all disks are complete, if they are, before the destination
+// stops waiting for us: a source that is killed in between and started again would
+// wait for it for good. It reports false if that could not be noted.
+func (s *Source) noteComplete() bool {
+	if !s.complete() || s.disks[0].clone {
+		return true
+	}
+	err := s.hand.ledger.Complete()
+	if err != nil {
+		s.log.Warn("all is at the destination, which could not be noted: a source that is started again will look for it", "error", err)
+	}
+	return err == nil
 }
 
 // complete says whether every disk is.
