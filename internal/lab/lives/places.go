@@ -41,6 +41,7 @@ func (r *run) restore(w []string) (bool, error) {
 	}
 	r.weird = true
 	if was != nil {
+		r.leave(was)
 		r.doubt(was)
 		r.over = r.over || s.unseen(was, which, inPlace, withAttrs)
 	}
@@ -133,6 +134,7 @@ func (r *run) tamper(w []string) (bool, error) {
 		return false, nil
 	}
 	r.weird = true
+	r.leave(f)
 	r.doubt(f)
 	seed, _ := strconv.ParseUint(w[2], 10, 64)
 	rnd := rand.New(rand.NewPCG(seed, 3))
@@ -184,6 +186,7 @@ func (r *run) replace(w []string) (bool, error) {
 		return false, nil
 	}
 	r.weird = true
+	r.leave(was)
 	contents := make([]token, r.sizes[diskName(n)])
 	b := make([]byte, len(contents)*sector)
 	for s := range contents {

@@ -337,6 +337,21 @@ func (r *run) unsure(p *process) {
 	}
 }
 
+// leave notes, before a file is written over, that a source of its line may end with 0
+// from now on, if the file holds all: it may have said so already.
+func (r *run) leave(f *file) {
+	if f.line == nil || f.line.owner != f || !f.dest || r.holds(f) != "" {
+		return
+	}
+	for _, h := range r.hosts {
+		for _, o := range h.files {
+			if o != f && o.line == f.line {
+				o.gone = true
+			}
+		}
+	}
+}
+
 // doubt ends the run if a file that seems to be the owner may have been handed
 // off without being seen, since what is done to it now means another thing then.
 func (r *run) doubt(f *file) {
@@ -437,6 +452,13 @@ func (r *run) finish(w []string) (bool, error) {
 		}
 	}
 	for i, e := range d.disks {
+		for _, h := range r.hosts {
+			for _, o := range h.files {
+				if o != e.file && o != s.disks[i].file && o.dest && o.line == s.disks[i].file.line {
+					return false, nil // it may belong to that one
+				}
+			}
+		}
 		if !e.ready || e.file == nil || e.file.line != s.disks[i].file.line {
 			return false, nil
 		}
