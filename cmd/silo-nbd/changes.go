@@ -3,8 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
+	"github.com/silo-nbd/silo-nbd/internal/durable"
 	"github.com/silo-nbd/silo-nbd/internal/identity"
 	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
@@ -17,12 +20,16 @@ type liveChanges struct {
 	blockSize int64
 	files     map[string]*sources.File
 	byName    map[string]*migrate.Changes
+	saved     map[string]string // by disk: the file of what outlives the boot
 }
+
+// changesSuffix is what the name of that file has more than that of the state file.
+const changesSuffix = "-changes"
 
 func newLiveChanges(blockSize int64, c *console) *liveChanges {
 	return &liveChanges{
 		console: c, blockSize: blockSize,
-		files: make(map[string]*sources.File), byName: make(map[string]*migrate.Changes),
+		files: make(map[string]*sources.File), byName: make(map[string]*migrate.Changes), saved: make(map[string]string),
 	}
 }
 
@@ -46,6 +53,12 @@ func (l *liveChanges) keep(disk string, last identity.Run) bool {
 	if changes == nil {
 		return false
 	}
+	saved := last.State + changesSuffix
+	if b, err := os.ReadFile(saved); err == nil && last.Ended && !changes.Kept() {
+		if err := changes.Restore(b); err != nil {
+			l.console.log.Debug("what the last source of this disk has left is of no use", "disk", disk, "error", err)
+		}
+	}
 	// A device does not tell when it was written last, and counts its writes. A file may
 	// have been put back together with its state, to an end before the last one.
 	proved := last.Ended
@@ -53,8 +66,12 @@ func (l *liveChanges) keep(disk string, last identity.Run) bool {
 		proved = last.Disk.ChangeTime != 0 && changes.WrittenLast(time.Unix(0, last.Disk.ChangeTime))
 	}
 	if changes.Kept() && proved {
-		l.byName[disk] = changes
-		return true
+		err := removeSaved(saved) // before the disk is written: else it would be older than the disk
+		if err == nil {
+			l.byName[disk] = changes
+			return true
+		}
+		l.console.log.Warn("what the last source of this disk has left cannot be used, since it cannot be removed: the copy begins anew", "disk", disk, "error", err)
 	}
 	if err := changes.Forget(); err != nil {
 		l.console.log.Warn("what the last source of this disk has left could not be removed", "disk", disk, "error", err)
@@ -62,9 +79,22 @@ func (l *liveChanges) keep(disk string, last identity.Run) bool {
 	return false
 }
 
+// removeSaved removes a file, durably, if it is there.
+func removeSaved(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(path))
+}
+
 // begin returns what the tracker of a disk is to keep its changes in; nil: nothing
 // outlives the process.
-func (l *liveChanges) begin(disk string, id migrate.Identity) (*migrate.Changes, error) {
+func (l *liveChanges) begin(disk string, id migrate.Identity, state string) (*migrate.Changes, error) {
+	l.saved[disk] = state + changesSuffix
 	changes := l.byName[disk]
 	if changes == nil {
 		if changes = l.openChanges(disk, id); changes == nil {
@@ -83,11 +113,27 @@ func (l *liveChanges) begin(disk string, id migrate.Identity) (*migrate.Changes,
 	return changes, nil
 }
 
-// Close leaves it to the next process. Nobody writes the disks any more.
+// Close leaves it to the next process, of this boot or of another. Nobody writes the
+// disks any more.
 func (l *liveChanges) Close() error {
 	var errs []error
-	for _, c := range l.byName {
+	for disk, c := range l.byName {
+		if err := l.save(disk, c); err != nil {
+			l.console.log.Warn("what has changed since it was sent could not be saved: if the host is started anew, the copy begins anew", "disk", disk, "error", err)
+		}
 		errs = append(errs, c.Close())
 	}
 	return errors.Join(errs...)
+}
+
+func (l *liveChanges) save(disk string, c *migrate.Changes) error {
+	b := c.Saved()
+	if b == nil || l.saved[disk] == "" {
+		return nil
+	}
+	file, err := durable.Replace(durable.OS, l.saved[disk], b, false)
+	if file != nil {
+		err = errors.Join(err, file.Close())
+	}
+	return err
 }

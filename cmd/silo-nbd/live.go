@@ -111,7 +111,7 @@ func (f *sourceFlags) openLive(specs []disks.Spec, c *console) (l *liveDisks, er
 		owner, gone := l.ledger.Owner(s.Name)
 		var changes *migrate.Changes
 		if !gone && l.ledger.Lacks(i) == nil {
-			if changes, err = l.changes.begin(s.Name, l.ledger.Identity(i)); err != nil {
+			if changes, err = l.changes.begin(s.Name, l.ledger.Identity(i), l.ledger.Where(i)); err != nil {
 				return l, err
 			}
 		}
@@ -207,7 +207,7 @@ func (f *sourceFlags) moveLive(ctx context.Context, source *migrate.Source, conn
 	if !source.HandedOff() {
 		for _, d := range source.Status() {
 			if d.BytesSent > 0 {
-				c.log.Info("ended before the handoff: the disk is here, with all that was written; a source that is started again goes on with what was copied, unless the host is started anew or another program writes the disk",
+				c.log.Info("ended before the handoff: the disk is here, with all that was written; a source that is started again goes on with what was copied, unless another program writes the disk",
 					"disk", d.Name, "copied_bytes", d.BytesSent)
 			}
 		}

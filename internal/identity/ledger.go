@@ -50,6 +50,7 @@ type Run struct {
 	// written the disk meanwhile only Disk can tell.
 	Ended bool
 	Disk  sources.Stamp // as the disk is now
+	State string        // the path of the disk's state file
 }
 
 // maxWorkers is how many disks are written at the same time.
@@ -267,7 +268,7 @@ func (e *entry) openLive(o Options, boot string) {
 	if e.unchanged() && !s.Live {
 		e.begin = &beginning{s.Generation, e.now}
 	}
-	last := Run{Identity: s.identity(), Ended: !s.Open && e.unchanged(), Disk: e.now}
+	last := Run{Identity: s.identity(), Ended: !s.Open && e.unchanged(), Disk: e.now, State: e.where}
 	killed := s.Open && e.kin == kinSame && s.Generation != 0 && boot != "" && s.BootID == boot
 	if !s.Live || !last.Ended && !killed || o.Keep == nil || !o.Keep(e.name, last) {
 		s.change(e.now)

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"math/bits"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,8 @@ type Changes struct {
 	head  []atomic.Uint64
 	dirty atomicBitmap
 	kept  bool
+	uuid  [16]byte
+	valid atomic.Bool // another process may go on with it
 }
 
 // ChangesOptions say whose changes they are.
@@ -96,7 +99,7 @@ func openChanges(o ChangesOptions, open func(size int64) (bootMemory, error)) (*
 			return nil, errors.Join(err, mem.Close())
 		}
 		words := bootfile.Words(mem.Bytes())
-		c := &Changes{mem: mem, geo: geo, head: words[:changesHead/8], dirty: atomicBitmap(words[changesHead/8:]), kept: mem.Kept()}
+		c := &Changes{mem: mem, geo: geo, head: words[:changesHead/8], dirty: atomicBitmap(words[changesHead/8:]), kept: mem.Kept(), uuid: o.Disk.UUID}
 		if !c.kept {
 			c.head[changesGeneration].Store(o.Disk.Generation)
 			c.head[changesSize].Store(uint64(o.Size))
@@ -104,6 +107,7 @@ func openChanges(o ChangesOptions, open func(size int64) (bootMemory, error)) (*
 			return c, nil
 		}
 		if c.belongs(o) {
+			c.valid.Store(true)
 			return c, nil
 		}
 		if err := c.Forget(); err != nil {
@@ -187,8 +191,74 @@ func bitOf(b bool) uint64 {
 // are remembered otherwise.
 func (c *Changes) invalidate() {
 	if c != nil {
+		c.valid.Store(false)
 		_ = c.mem.Forget() // what cannot be removed does not count any more all the same
 	}
+}
+
+// savedMagic begins what Saved returns: then come words in little-endian order (the
+// disk's UUID, the first page up to the peers, the peer, the bits), and a CRC32C.
+const savedMagic = "silo-chg"
+
+// Saved is all of it, for a file that outlives the boot; nil if there is nothing that
+// another process could use. Nobody may write the disk any more. Whoever goes on with it
+// must remove the file before the disk is written.
+func (c *Changes) Saved() []byte {
+	if !c.valid.Load() {
+		return nil
+	}
+	b := append([]byte(savedMagic), c.uuid[:]...)
+	for i := range c.head[:changesPeer] {
+		b = binary.LittleEndian.AppendUint64(b, c.head[i].Load())
+	}
+	at := changesPeers + peerWords*(c.head[changesPeer].Load()&1)
+	for i := range c.head[at : at+peerWords] {
+		b = binary.LittleEndian.AppendUint64(b, c.head[at+uint64(i)].Load())
+	}
+	for i := range c.dirty {
+		b = binary.LittleEndian.AppendUint64(b, c.dirty[i].Load())
+	}
+	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Restore takes what Saved has returned, if it is of these contents of the disk: then
+// it is as if an earlier process of this boot had left it. It is for Changes that are
+// not Kept, before their Tracker is made.
+func (c *Changes) Restore(b []byte) error {
+	const fixed = len(savedMagic) + 16
+	want := fixed + 8*(changesPeer+peerWords+len(c.dirty)) + 4
+	if len(b) != want || string(b[:len(savedMagic)]) != savedMagic || [16]byte(b[len(savedMagic):fixed]) != c.uuid {
+		return errors.New("migrate: these are not the changes of this disk")
+	}
+	if crc32.Checksum(b[:want-4], castagnoli) != binary.LittleEndian.Uint32(b[want-4:]) {
+		return errors.New("migrate: what has changed is damaged")
+	}
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[fixed+8*i:]) }
+	for _, i := range [...]int{changesGeneration, changesSize, changesBlockSize} {
+		if word(i) != c.head[i].Load() {
+			return errors.New("migrate: these are changes of other contents, or in other blocks")
+		}
+	}
+	c.head[changesBegun].Store(word(changesBegun))
+	c.head[changesEnded].Store(word(changesEnded))
+	c.head[changesPeer].Store(0)
+	for i := range peerWords {
+		c.head[changesPeers+i].Store(word(changesPeer + i))
+	}
+	for i := range c.dirty {
+		c.dirty[i].Store(word(changesPeer + peerWords + i))
+	}
+	c.kept = true
+	c.validate()
+	return nil
+}
+
+// validate has it count from now on.
+func (c *Changes) validate() {
+	c.valid.Store(true)
+	c.mem.Validate()
 }
 
 // Forget ends it for good: the changes are not known any more.

@@ -93,6 +93,55 @@ func TestALiveSourceKnowsItsChangesAfterAKill(t *testing.T) {
 	}
 }
 
+// After an end in order it outlives the boot as well, and what is damaged, or of another
+// disk or other contents, is refused and changes nothing. (trap I9)
+func TestALiveSourceKnowsItsChangesAfterAnotherBoot(t *testing.T) {
+	tracker, c := begun(t, new(left), changesOf)
+	require.Nil(t, c.Saved(), "nothing was sent")
+	d := tracker.track(geometryOf(t, changesOf))
+	_, err := tracker.WriteAt(make([]byte, 4097), 3*4096)
+	require.NoError(t, err)
+	tracker.record.confirm(Owner{Device: Device{9}, Epoch: 11})
+	want, _ := tracker.record.get()
+	saved := c.Saved()
+
+	l := new(left)
+	c, err = openChanges(changesOf, l.open)
+	require.NoError(t, err)
+	for at := 0; at < len(saved); at += 7 {
+		b := append([]byte(nil), saved...)
+		b[at] ^= 0x10
+		require.Error(t, c.Restore(b), at)
+	}
+	require.Error(t, c.Restore(saved[:len(saved)-1]))
+	require.False(t, c.Kept())
+	require.Nil(t, c.Saved())
+	for _, other := range []ChangesOptions{
+		{Disk: Identity{UUID: [16]byte{2}, Generation: 7}, Size: changesOf.Size, BlockSize: 4096},
+		{Disk: Identity{UUID: [16]byte{1}, Generation: 8}, Size: changesOf.Size, BlockSize: 4096},
+		{Disk: changesOf.Disk, Size: changesOf.Size - 1, BlockSize: 4096},
+	} {
+		o, err := openChanges(other, new(left).open)
+		require.NoError(t, err)
+		require.Error(t, o.Restore(saved))
+	}
+	require.NoError(t, c.Restore(saved))
+	for range 2 { // and a kill after that
+		require.True(t, c.Kept())
+		tracker, err = NewTracker(sources.NewMemoryStorage(int(changesOf.Size)), TrackerOptions{Changes: c})
+		require.NoError(t, err)
+		got, _ := tracker.record.get()
+		require.Equal(t, want, got)
+		d = tracker.track(geometryOf(t, changesOf))
+		require.EqualValues(t, 2, d.count.Load())
+		require.True(t, d.get(3) && d.get(4))
+		c, err = openChanges(changesOf, l.open)
+		require.NoError(t, err)
+	}
+	tracker.give(Device{9})
+	require.Nil(t, tracker.changes.Saved(), "the disk was handed off")
+}
+
 // Changes of other contents, in other blocks, or of a disk that nobody had begun to
 // send, are not those of this disk; and what was handed off has none. (traps I4, I9)
 func TestChangesOfAnotherTimeDoNotCount(t *testing.T) {

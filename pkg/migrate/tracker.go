@@ -324,7 +324,7 @@ func (t *Tracker) track(geo geometry) *dirt {
 	case t.changes == nil || t.changes.geo != geo:
 		t.dirt.CompareAndSwap(nil, newDirt(geo))
 	case t.dirt.CompareAndSwap(nil, t.changes.dirt()):
-		t.changes.mem.Validate()
+		t.changes.validate()
 	}
 	return t.dirt.Load()
 }
