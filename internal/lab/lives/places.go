@@ -159,6 +159,10 @@ func (r *run) tamper(w []string) (bool, error) {
 			delete(l.open, s)
 			delete(l.unflushed, s)
 			l.cur[s] = t
+		} else if o := l.owner; o != nil && o != f && !r.inUse(f) && !o.local[s] {
+			// What the owner has not got yet may be taken as it is now, after a comparison
+			// of what it has got.
+			l.failed(s, t)
 		}
 	}
 	if l.owner != f || r.inUse(f) {
