@@ -20,8 +20,8 @@ import (
 )
 
 var (
-	runs    = flag.Int("lives.runs", 0, "how many runs are drawn")
-	bound   = flag.Duration("lives.time", 150*time.Second, "no run is drawn after this time")
+	runs    = flag.Int("lives.runs", 2000, "how many runs are drawn")
+	bound   = flag.Duration("lives.time", 150*time.Second, "no run is drawn after this time, so that the gate takes 3 minutes at most")
 	from    = flag.Uint64("lives.seed", 1, "the seed of the first run")
 	workers = flag.Int("lives.workers", 2*runtime.NumCPU(), "how many runs at once")
 	going   = flag.Bool("lives.all", false, "go on after a violation, and count them")
