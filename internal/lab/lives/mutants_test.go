@@ -16,7 +16,7 @@ import (
 
 var (
 	withMutants = flag.Bool("lives.mutants", false, "take known mends out, one after the other, and see that the model finds it")
-	mutantRuns  = flag.Uint64("lives.mutantruns", 400, "in how many runs at most")
+	mutantRuns  = flag.Uint64("lives.mutantruns", 1500, "in how many runs at most")
 )
 
 // mutant is the program without a mend.
