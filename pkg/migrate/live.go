@@ -55,13 +55,19 @@ func (s *Source) recall() error {
 			owner, owned = Owner{Device: d.Live.handedTo()}, true
 		}
 		if owned {
-			// How many of the last steps were made is not known.
-			d.peer.recall(LastPeer{Owner: owner, Met: true, Pending: 2}, true)
+			d.peer.recall(LastPeer{Owner: owner, Met: true, Pending: unnotedSteps(d.geo.blocks)}, true)
 		} else if last, ok := s.opts.Ledger.Peer(d.Name); ok {
 			d.peer.recall(LastPeer{Owner: last, Met: d.Live != nil && d.Live.goesOn()}, false)
 		}
 	}
 	return nil
+}
+
+// unnotedSteps is how many steps a device may have made since the ledger was told of it
+// at Prepare: the dirty lists of what was written while that took its time, of every
+// block at most, and PostLock, which may have come twice.
+func unnotedSteps(blocks int64) uint32 {
+	return uint32(min((blocks+maxListed-1)/maxListed+2, math.MaxInt32))
 }
 
 // stillWritten says that the disk is used here.
@@ -132,11 +138,24 @@ func (s *Source) noteTaken() {
 	if s.takenNoted.Load() {
 		return
 	}
-	if err := s.opts.Ledger.Taken(); err != nil {
+	if err := s.tellTaken(); err != nil {
 		s.log.Warn("it cannot be noted that the disks are in use at the destination: it will be tried again on the next connection", "error", err)
 		return
 	}
 	s.takenNoted.Store(true)
+}
+
+// tellTaken tells the ledger of the owners in the state in which they went live: the
+// steps that came after Prepare are not in it yet.
+func (s *Source) tellTaken() error {
+	for _, d := range s.disks {
+		if last, owned := d.peer.get(); owned {
+			if err := s.opts.Ledger.Confirm(d.Name, last.Owner); err != nil {
+				return err
+			}
+		}
+	}
+	return s.opts.Ledger.Taken()
 }
 
 // passes is how far the passes of the live disks are.
