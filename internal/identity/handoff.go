@@ -342,9 +342,10 @@ func (l *Ledger) Taken() error {
 	}
 	err := l.dropStaged()
 	return noted(errors.Join(err, each(l.workers, l.disks, func(e *entry) error {
-		if e.state == nil || e.state.Handoff == nil || e.state.Handoff.Taken && e.state.Disk.Unchanged(e.watch) {
+		if e.state == nil || e.state.Handoff == nil || e.state.Handoff.Taken && (e.doubt != 0 || e.state.Disk.Unchanged(e.watch)) {
 			return nil
 		}
+		e.sample()
 		e.answered(false)
 		return l.save(e)
 	})))
@@ -355,7 +356,7 @@ func (e *entry) answered(complete bool) *handoff {
 	h := *e.state.Handoff
 	h.Taken, h.Complete = true, h.Complete || complete
 	e.state.Handoff = &h
-	if e.watch.Unchanged(e.watch) {
+	if e.doubt == 0 && e.watch.Unchanged(e.watch) {
 		e.state.Disk = e.watch
 	}
 	return &h

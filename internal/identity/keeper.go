@@ -154,7 +154,10 @@ func (k keeper) mark(e *entry, h *handoff, staged bool) error {
 	if e.lacks != nil {
 		return nil
 	}
-	return e.touch(func() error { return writeMark(k.files, e.disk, e.device, markOf(h, e.where, staged)) })
+	return e.touch(func() (err error) {
+		h.Marked, err = writeMark(k.files, e.disk, e.device, markOf(h, e.where, staged))
+		return err
+	})
 }
 
 // unmark removes what mark has made.

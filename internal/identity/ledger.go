@@ -36,6 +36,10 @@ type Options struct {
 	// still known, so that its generation may stay. It is called before the
 	// disk is served, and only where it can be so. nil: it is not known.
 	Keep func(disk string, last Run) bool
+	// Doubt is told, once, that a disk which must not be written has got another
+	// change time and nothing else, so that it is not proved that it is as it was. nil:
+	// no one is.
+	Doubt func(disk string)
 	// At is the destination's address; empty if it connects to the source.
 	At string
 	// Files is where the state files lie; nil: durable.OS.
@@ -60,8 +64,9 @@ const maxWorkers = 32
 // is their migrate.Ledger. The state files are locked until Close.
 type Ledger struct {
 	keeper
-	live bool
-	at   string
+	live  bool
+	doubt func(disk string)
+	at    string
 	// workers is how many disks are written at the same time.
 	workers int
 	notes   atomic.Pointer[[]*Note] // of the disks, as of the last change
@@ -83,7 +88,10 @@ type entry struct {
 	lacks error        // why no state file can be kept; nil: one is
 	watch sources.Stamp
 	// begin is what the disk was before a live source opened it; nil: not proved.
-	begin     *beginning
+	begin *beginning
+	// doubt is the change time of a disk of which nothing else has changed, and
+	// with which its samples were compared; 0: no one has touched it.
+	doubt     int64
 	reclaimed bool // it had been handed off
 	crashed   bool
 	had       bool // there was a source before
@@ -101,7 +109,7 @@ type beginning struct {
 // are left so, unless o.Reclaim. The caller must Close the Ledger before it closes
 // the disks, and when none of them is being written.
 func Open(disks []Spec, o Options) (_ *Ledger, err error) {
-	l := &Ledger{keeper: keeper{o.Files}, live: o.Live, at: o.At}
+	l := &Ledger{keeper: keeper{o.Files}, live: o.Live, doubt: o.Doubt, at: o.At}
 	l.workers = 1 // in tests one operation follows the other
 	if l.files == nil {
 		l.files, l.workers = durable.OS, maxWorkers
@@ -123,7 +131,7 @@ func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 		return nil, err
 	}
 	if l.handedOff {
-		err = l.stay()
+		err = l.stay(o)
 	} else {
 		err = l.begin(o)
 	}
@@ -140,37 +148,6 @@ func (l *Ledger) show() {
 		}
 	}
 	l.notes.Store(&notes)
-}
-
-// stay is Open for disks that were handed off.
-func (l *Ledger) stay() error {
-	for _, e := range l.disks {
-		e.watch = e.now
-		if e.state == nil || l.finished || e.unchanged() || e.unchangedSinceHandOff() {
-			continue
-		}
-		if h := e.state.Handoff; h != nil && len(e.marks) == 0 {
-			_ = l.mark(e, h, false) // an earlier version made none; the state file says it anyway
-		}
-		e.state.Generation, e.state.Disk, e.state.Met = draw(), e.watch, ""
-		if err := l.save(e); err != nil {
-			return fmt.Errorf("note that %s may have changed: %w", e.disk.Path(), err)
-		}
-	}
-	return nil
-}
-
-// unchanged reports whether it is proved that the disk has the contents of its
-// generation.
-func (e *entry) unchanged() bool {
-	return e.kin == kinSame && e.state.Generation != 0 && e.state.Disk.Unchanged(e.now)
-}
-
-// unchangedSinceHandOff is unchanged for a live disk whose process was killed
-// right after the handoff: the state file has got its name after the last write.
-func (e *entry) unchangedSinceHandOff() bool {
-	return e.kin == kinSame && e.state.Live && !e.now.Block && e.state.Disk.ChangeTime == 0 &&
-		e.now.ChangeTime != 0 && e.now.ChangeTime <= e.lock.Changed()
 }
 
 // begin is Open for disks of this host.
@@ -192,6 +169,9 @@ func (l *Ledger) begin(o Options) error {
 			e.state.change(e.now)
 		}
 		e.watch = e.now
+		if !o.Live {
+			e.sample()
+		}
 	}
 	if err := l.eachInOrder(func(e *entry) error { return l.first(e, o) }); err != nil {
 		return err
@@ -357,46 +337,6 @@ func (l *Ledger) Where(i int) string {
 		return ""
 	}
 	return l.disks[i].where
-}
-
-// Changed returns what was done to the i-th disk, which must not be written here,
-// since it was opened, apart from what the Ledger has done to it.
-func (l *Ledger) Changed(i int) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := l.disks[i]
-	if l.live && !l.handedOff || e.watch == (sources.Stamp{}) {
-		return nil
-	}
-	now, err := e.disk.Stamp()
-	if err != nil {
-		return err
-	}
-	if e.watch.Unchanged(now) || sameWithoutCount(e.watch, now) {
-		return nil
-	}
-	return fmt.Errorf("%s was written while it was sent: %s: the copy is of no use: see what has written it, then begin anew", e.disk.Path(), difference(e.watch, now))
-}
-
-// sameWithoutCount reports whether two stamps of a device of which the kernel does
-// not count the writes, or of a file without times, differ in nothing that is known.
-func sameWithoutCount(a, b sources.Stamp) bool {
-	return a == b && !a.Unchanged(b)
-}
-
-// difference says in words in what two stamps differ.
-func difference(was, now sources.Stamp) string {
-	switch {
-	case was.Size != now.Size:
-		return fmt.Sprintf("it had %d bytes and has %d now", was.Size, now.Size)
-	case was.ModTime != now.ModTime:
-		return "its modification time is another"
-	case was.ChangeTime != now.ChangeTime:
-		return "its change time is another"
-	case was.Written != now.Written:
-		return fmt.Sprintf("the kernel had counted %d sectors written and now %d", was.Written, now.Written)
-	}
-	return "another disk is in its place"
 }
 
 // Met returns the address of the destination that had a part of all the disks when

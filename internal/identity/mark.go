@@ -117,25 +117,27 @@ func noPlace(err error) bool {
 }
 
 // writeMark makes the disk bear a mark, durably, in each place that there is.
-func writeMark(files durable.FS, d Disk, note string, m mark) error {
+// attributed reports whether one of them is the file's attribute.
+func writeMark(files durable.FS, d Disk, note string, m mark) (attributed bool, err error) {
 	b, err := json.Marshal(m)
 	if err != nil {
-		return err
+		return false, err
 	}
 	err = d.SetXattr(attribute, b)
 	if err == nil {
 		err = d.SyncXattr()
 	}
 	if err != nil && !noPlace(err) {
-		return err
+		return false, err
 	}
+	attributed = err == nil
 	if note == "" {
-		return nil
+		return attributed, nil
 	}
 	if err := writeNote(files, note, append(b, '\n')); err != nil && !noPlace(err) {
-		return err
+		return attributed, err
 	}
-	return nil
+	return attributed, nil
 }
 
 func writeNote(files durable.FS, note string, b []byte) error {

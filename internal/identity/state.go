@@ -42,7 +42,9 @@ type state struct {
 
 	Staged  string   `json:"staged,omitempty"` // a handoff that has not been published, as far as this disk goes
 	Handoff *handoff `json:"handoff,omitempty"`
-	Ended   []ended  `json:"ended,omitempty"` // handoffs that count no more, the last one last
+	Written string   `json:"written,omitempty"` // what has shown that the disk was written since it was handed off; empty: nothing
+	Samples string   `json:"samples,omitempty"` // of the contents, see sample
+	Ended   []ended  `json:"ended,omitempty"`   // handoffs that count no more, the last one last
 }
 
 // peer is a destination's device.
@@ -62,6 +64,7 @@ type handoff struct {
 	Steps    uint32   `json:"steps,omitempty"`
 	At       string   `json:"at,omitempty"` // the destination's address, if the source connected to it
 	Frozen   bool     `json:"frozen,omitempty"`
+	Marked   bool     `json:"marked,omitempty"`   // the file bears the attribute
 	Taken    bool     `json:"taken,omitempty"`    // the destination has said that it is live
 	Complete bool     `json:"complete,omitempty"` // the destination has everything
 }
@@ -141,6 +144,7 @@ func (s *state) identity() migrate.Identity {
 func (s *state) change(now sources.Stamp) {
 	s.Generation = draw()
 	s.Disk, s.Met, s.Peer = now, "", nil
+	s.Written, s.Samples = "", ""
 }
 
 // knows returns what became of a handoff, as far as the state file can tell:
