@@ -21,10 +21,7 @@ func TestExitCodesAreThoseOfTheTable(t *testing.T) {
 	_, section, found := strings.Cut(string(readme), "\n## Exit codes\n")
 	require.True(t, found)
 	section, _, _ = strings.Cut(section, "\n## ")
-	var table []string
-	for _, m := range regexp.MustCompile(`(?m)^\| (\d+|other) \|.*\|$`).FindAllString(section, -1) {
-		table = append(table, m)
-	}
+	table := regexp.MustCompile(`(?m)^\| (\d+|other) \|.*\|$`).FindAllString(section, -1)
 	require.Greater(t, len(table), 8)
 	scripts, err := filepath.Glob("testdata/exit/*.txtar")
 	require.NoError(t, err)

@@ -98,7 +98,7 @@ func TestALiveSourceKnowsItsChangesAfterAKill(t *testing.T) {
 func TestALiveSourceKnowsItsChangesAfterAnotherBoot(t *testing.T) {
 	tracker, c := begun(t, new(left), changesOf)
 	require.Nil(t, c.Saved(), "nothing was sent")
-	d := tracker.track(geometryOf(t, changesOf))
+	tracker.track(geometryOf(t, changesOf))
 	_, err := tracker.WriteAt(make([]byte, 4097), 3*4096)
 	require.NoError(t, err)
 	tracker.record.confirm(Owner{Device: Device{9}, Epoch: 11})
@@ -132,7 +132,7 @@ func TestALiveSourceKnowsItsChangesAfterAnotherBoot(t *testing.T) {
 		require.NoError(t, err)
 		got, _ := tracker.record.get()
 		require.Equal(t, want, got)
-		d = tracker.track(geometryOf(t, changesOf))
+		d := tracker.track(geometryOf(t, changesOf))
 		require.EqualValues(t, 2, d.count.Load())
 		require.True(t, d.get(3) && d.get(4))
 		c, err = openChanges(changesOf, l.open)

@@ -67,13 +67,6 @@ func (r *peerRecord) own(taken bool) {
 	}
 }
 
-// disown undoes own.
-func (r *peerRecord) disown() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.owned = false
-}
-
 // step asks the device for a step by do, which returns nil when it was answered. A
 // step that was sent and not answered may have been made or not.
 func (r *peerRecord) step(do func() error) error {

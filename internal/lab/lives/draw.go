@@ -109,15 +109,13 @@ func one[T any](d *drawer, all []T) (v T) {
 
 // draw draws a step that can be made now, or nearly so.
 func (d *drawer) draw(r *run) string {
-	var running, sources, lives, dests, owners []string
+	var running, sources, lives, owners []string
 	for _, p := range r.procs {
 		if !p.running() {
 			continue
 		}
 		running = append(running, p.label)
-		if p.kind == dest {
-			dests = append(dests, p.label)
-		} else {
+		if p.kind != dest {
 			sources = append(sources, p.label)
 		}
 		if p.kind == live {

@@ -36,7 +36,6 @@ type process struct {
 	names []string // of its disks' files
 	disks []*export
 	port  *port // a source is reached there; a destination connects to it
-	from  string
 
 	reclaim, overwrite, auto bool
 
