@@ -17,6 +17,7 @@ import (
 
 	"github.com/silo-nbd/silo-nbd/pkg/protocol"
 	"github.com/silo-nbd/silo-nbd/pkg/protocol/wire"
+	"github.com/silo-nbd/silo-nbd/pkg/storage"
 )
 
 // noise is a bad network, for one connection after another: it changes bits at
@@ -242,5 +243,26 @@ func TestDamageIsToldOnceABurst(t *testing.T) {
 		require.EqualValues(t, 1101, d.count(), "neither ended a connection because of its bytes")
 		d.noteEnd(log, "a", fmt.Errorf("a packet: %w", wire.ErrChecksum))
 		require.EqualValues(t, 1102, d.count())
+	})
+}
+
+// TestDestinationThatIsSlowToOpenIsNoDamage: it is asked who it is before it gets data, so
+// nothing is sent that it must refuse for want of a checksum (fault X4).
+func TestDestinationThatIsSlowToOpenIsNoDamage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, want := testDisk(t, 4<<20, 1)
+		var log syncBuffer
+		src := newSource(t, SourceOptions{BlockSize: 4096, Listening: true, Log: slog.New(slog.NewTextHandler(&log, nil))}, SourceDisk{Name: "disk", Store: store})
+		dst := newDestination(t, DestinationOptions{Listening: true, Disks: 1}, func(n string, s uint64) storage.StorageProvider {
+			<-time.After(5 * time.Second) // a large map on a busy disk
+			return memory(n, s)
+		})
+		m := migrate(t, src, dst, newWires())
+		require.Equal(t, []error{nil, nil}, m.end())
+		require.Equal(t, int64(4<<20*3/4), src.Status()[0].BytesSent, "a quarter is zeroes, and nothing went twice")
+		require.Zero(t, src.Status()[0].Damaged)
+		require.Zero(t, log.count("changed on the way"))
+		require.True(t, bytes.Equal(want, contents(t, dst.disks["disk"])))
+		require.NoError(t, dst.Close())
 	})
 }
