@@ -396,6 +396,7 @@ type machine struct {
 	disk, file *crashFile
 	mark       *crashFile  // what the disk bears; nil: it cannot, and the map is not bound
 	boot       *bootMemory // nil: there is none
+	boots      int         // power cuts
 	failed     bool        // a sync has failed in the last life
 	seen       logCount
 }
@@ -485,6 +486,7 @@ func (m *machine) losePower(r *rand.Rand) {
 		m.mark.losePower(r)
 	}
 	m.boot.losePower()
+	m.boots++
 }
 
 // logged is how many bytes are in the log and not on the disk, as far as anybody
@@ -514,6 +516,7 @@ func (m *machine) start(p *process, o Options) (*Device, error) {
 			return nil, err
 		}
 	}
+	o.bootID = func() (string, error) { return fmt.Sprint(m.boots), nil }
 	if m.boot != nil {
 		o.boot = func(size int64) (memory, error) { return m.boot.open(p, size), nil }
 	}

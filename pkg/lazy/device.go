@@ -55,7 +55,8 @@ type Options struct {
 	// slog.Default().
 	Log *slog.Logger
 
-	boot func(size int64) (memory, error) // in place of RunDir, for tests
+	boot   func(size int64) (memory, error) // in place of RunDir, for tests
+	bootID func() (string, error)           // in place of bootfile.BootID, for tests
 }
 
 // Device is a disk that is usable while its contents arrive. All methods may be
@@ -320,6 +321,9 @@ func (d *Device) Close() error {
 		if d.closed = d.flush.flush(context.Background(), d, true); d.closed == nil {
 			if err := d.bindCleanly(); err != nil {
 				d.log.Warn("the map could not note the clean end of its disk: it will be taken for one that was killed", "map", d.epoch.m.path, "error", err)
+			}
+			if err := d.leave(); err != nil {
+				d.log.Warn("the map could not note that the disk was left in order: the next start may warn of a kill that was none", "map", d.epoch.m.path, "error", err)
 			}
 			d.state.mirror.forget() // all of it is in the map
 		}

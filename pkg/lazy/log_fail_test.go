@@ -32,7 +32,7 @@ func TestEveryCorruptionOfTheLog(t *testing.T) {
 	_ = a.d.Close()
 	l, good, disk := a.d.saver.m.log, a.file.durable, a.disk.durable
 	open := func(b []byte) []byte {
-		m := &machine{disk: crashFileOf(disk, sectorSize), file: crashFileOf(b, 64)}
+		m := &machine{disk: crashFileOf(disk, sectorSize), file: crashFileOf(b, 64), boots: a.boots + 1}
 		d, err := m.start(newProcess(nil, -1), a.o)
 		if err != nil {
 			t.Fatal(err)

@@ -42,9 +42,10 @@ func (s *saver) log(b *batch) error {
 
 // replay writes to the disk what was flushed and may not be there, as the client
 // did that wrote it, and makes it durable with its bits. Nobody has the device
-// yet. kept says that the page cache is the one that it was written to: all of it is
-// there, or something newer, and the next flush makes it durable.
-func (d *Device) replay(m *Map, kept bool) error {
+// yet. there says that the page cache is the one that it was written to: all of it is
+// there, or something newer. kept says that the mirror knows of it as well, so that it is
+// the next flush that makes it durable.
+func (d *Device) replay(m *Map, kept, there bool) error {
 	if m.header().state != MapLive {
 		d.capture.start()
 		return m.log.replay(func(record, bool) error { return nil })
@@ -53,7 +54,7 @@ func (d *Device) replay(m *Map, kept bool) error {
 	err := m.log.replay(func(r record, laid bool) error {
 		for _, s := range r.ranges {
 			n := s.hi - s.lo
-			f := fill{p: r.data[:n], off: s.lo, laid: laid || kept, redo: true}
+			f := fill{p: r.data[:n], off: s.lo, laid: laid || there, redo: true}
 			r.data = r.data[n:]
 			if err := d.changeRun(context.Background(), f, s.lo, s.hi); err != nil {
 				return err
@@ -73,7 +74,7 @@ func (d *Device) replay(m *Map, kept bool) error {
 	if kept && m.log.used() {
 		d.state.changes.touch() // so that the epoch ends when nobody flushes
 	}
-	if writes > 0 && !kept {
+	if writes > 0 && !there {
 		d.log.Debug("flushed writes of the map's log were laid over the disk", "map", m.path, "writes", writes)
 	}
 	d.capture.start()

@@ -21,6 +21,7 @@ const (
 	bondAt     = epochAt + 24 // in a slot
 	samplesAt  = bondAt + 42 + MaxStamp
 	drawnAt    = saveAt - 12*maxDrawn // in a slot
+	bootAt     = drawnAt - 16         // in a slot
 	maxMapName = epochAt - nameAt - 2
 	maxOldName = logAt - nameAt - 2 // in a header of version 1
 
@@ -79,6 +80,7 @@ type header struct {
 	epoch   epochs
 	bond    bond
 	save    uint64 // tells the saves of a map apart, for its mirror
+	boot    UUID   // see cacheName; zero: not known, or the last process ended in order
 }
 
 // encode returns the slot.
@@ -100,7 +102,8 @@ func (h header) encode() []byte {
 		b = append(b, zeroes[:epochAt-len(b)]...)
 		b = h.epoch.append(b)
 		b = h.bond.append(b)
-		b = append(b, zeroes[:drawnAt-len(b)]...)
+		b = append(b, zeroes[:bootAt-len(b)]...)
+		b = append(b, h.boot[:]...)
 		b = h.epoch.appendDrawn(b)
 		b = binary.LittleEndian.AppendUint64(b, h.save)
 	}
@@ -135,6 +138,7 @@ func decodeSlot(b []byte) (h header, err error) {
 	if h.version > 1 {
 		h.epoch = decodeEpochs(b[epochAt:], b[drawnAt:])
 		h.save = le.Uint64(b[saveAt:])
+		copy(h.boot[:], b[bootAt:])
 	}
 	name := int64(le.Uint16(b[nameAt:]))
 	switch {

@@ -125,6 +125,11 @@ func (d *Device) openMirror(m *Map, o Options) (r *mirror, kept, failed bool, er
 		}
 		d.log.Warn("what an earlier process of this boot has left does not belong to this state of the map, and is not believed: what was written and not flushed may be lost, as after a power cut",
 			"map", m.path, "failed", failed)
+		if failed { // the map has to know it before the mirror is gone
+			if err := m.update(func(h *header) { h.flags |= flagFailed }); err != nil {
+				return nil, false, failed, errors.Join(err, mem.Close())
+			}
+		}
 		if err := errors.Join(mem.Forget(), mem.Close()); err != nil {
 			return nil, false, failed, err
 		}

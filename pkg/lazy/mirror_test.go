@@ -105,6 +105,7 @@ func TestTheLogIsLaidAfterAPowerCutAlsoWhenThatIsInterrupted(t *testing.T) {
 			f.now, f.since = bytes.Clone(f.durable), make(map[int][][]byte)
 		}
 		a.boot.losePower()
+		a.boots++
 		p := newProcess(rand.New(rand.NewPCG(uint64(n), 5)), n)
 		if d, err := a.machine.start(p, a.o); err == nil {
 			p.kill()

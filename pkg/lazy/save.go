@@ -118,6 +118,7 @@ func (d *Device) adopt(m *Map, o Options) error {
 	// What a crash has left of blocks that are missing is anything but zeroes.
 	d.knownZero.Store(o.KnownZero && m.fresh)
 	kept, failed := d.takeMirror(m, o)
+	h = m.header() // the mirror may have told it something
 	if failed {
 		if err := d.distrust(m); err != nil {
 			return err
@@ -159,6 +160,12 @@ func (d *Device) adopt(m *Map, o Options) error {
 		h.epoch = newEpochs()
 	}
 	var err error
+	cache := o.cacheName(m)
+	there := kept || !failed && d.cached(m, cache)
+	h.boot = cache
+	if m.log != nil && h.state == MapLive && !there {
+		h.boot = UUID{} // not before the log is laid over the disk
+	}
 	if !kept && !m.fresh {
 		h.save = newEpoch() // a mirror that is there and not used does not belong to it any more
 	}
@@ -166,10 +173,13 @@ func (d *Device) adopt(m *Map, o Options) error {
 		err = m.replaceHeader(h)
 	}
 	if err == nil && m.log != nil {
-		err = d.replay(m, kept)
+		err = d.replay(m, kept, there)
 	}
-	if err == nil && failed {
-		err = m.trusted() // what was read of the device is durable, and so is what replay wrote
+	if err == nil {
+		err = m.update(func(h *header) {
+			h.flags &^= flagFailed // what was read of the device is durable, and so is what replay wrote
+			h.boot = cache
+		})
 	}
 	if err != nil {
 		return err

@@ -81,6 +81,7 @@ func (a *alive) cut(keepDisk, keepMap bool) {
 		f.mu.Unlock()
 	}
 	a.boot.losePower()
+	a.boots++
 	a.start(newProcess(nil, -1))
 }
 

@@ -233,6 +233,7 @@ func (d *Device) bindCleanly() error {
 		return mayRetry(m.update(func(h *header) {
 			h.bond.count, h.bond.samples, h.bond.stamp = k.count, k.samples, string(stamp)
 			h.bond.flags |= bondClean
+			h.boot = UUID{}
 			if h.bond.mark == m.borne {
 				h.bond.before = Mark{}
 				h.bond.flags &^= bondMarking

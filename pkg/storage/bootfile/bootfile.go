@@ -62,12 +62,9 @@ func Open(dir, name string, version uint64, size int64) (*File, error) {
 	if name == "" || strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, ".") {
 		return nil, fmt.Errorf("bootfile: %q is not a file's name", name)
 	}
-	boot, err := os.ReadFile(bootIDPath)
+	boot, err := BootID()
 	if err != nil {
-		return nil, fmt.Errorf("bootfile: %w", err)
-	}
-	if len(boot) < bootLen {
-		return nil, fmt.Errorf("bootfile: %s has %d bytes: want %d", bootIDPath, len(boot), bootLen)
+		return nil, err
 	}
 	if err := makeDir(dir); err != nil {
 		return nil, err
@@ -78,7 +75,7 @@ func Open(dir, name string, version uint64, size int64) (*File, error) {
 		return nil, fmt.Errorf("bootfile: %w", err)
 	}
 	file := &File{f: f, path: path}
-	want := header(version, size, boot[:bootLen])
+	want := header(version, size, boot)
 	if file.kept, err = keeps(f, want, size); err == nil && !file.kept {
 		err = file.renew(size)
 	}
@@ -95,6 +92,18 @@ func Open(dir, name string, version uint64, size int64) (*File, error) {
 	return file, nil
 }
 
+// BootID tells this boot of the host from all others. A container has its host's.
+func BootID() (string, error) {
+	b, err := os.ReadFile(bootIDPath)
+	if err != nil {
+		return "", fmt.Errorf("bootfile: %w", err)
+	}
+	if len(b) < bootLen {
+		return "", fmt.Errorf("bootfile: %s has %d bytes: want %d", bootIDPath, len(b), bootLen)
+	}
+	return string(b[:bootLen]), nil
+}
+
 // Remove removes the file called name in dir, unless a process has it.
 func Remove(dir, name string) error {
 	path := filepath.Join(dir, name)
@@ -109,7 +118,7 @@ func Remove(dir, name string) error {
 }
 
 // header is the beginning of a file, up to the word that says whether it counts.
-func header(version uint64, size int64, boot []byte) []byte {
+func header(version uint64, size int64, boot string) []byte {
 	b := append(make([]byte, 0, validAt), magic...)
 	b = binary.NativeEndian.AppendUint64(b, version)
 	b = binary.NativeEndian.AppendUint64(b, uint64(size))
