@@ -157,7 +157,7 @@ func (s set) mayGoOn(o Options) (finished bool, err error) {
 		finished = finished && h.Complete
 	}
 	if finished {
-		return true, s.replaced()
+		return true, errors.Join(s.elsewhere(o), s.replaced())
 	}
 	for _, e := range s {
 		h, _, _ := e.standing()
@@ -170,6 +170,28 @@ func (s set) mayGoOn(o Options) (finished bool, err error) {
 		}
 	}
 	return false, nil
+}
+
+// elsewhere says why a destination that is named now gets nothing, although the one that
+// the disks were handed off to has everything.
+func (s set) elsewhere(o Options) error {
+	for _, e := range s {
+		h, _, _ := e.standing()
+		if h.At == o.At {
+			continue
+		}
+		had, now := "at "+h.At, "the one at "+o.At
+		if h.At == "" {
+			had = "that had connected to the source"
+		}
+		if o.At == "" {
+			now = "one that connects now"
+		}
+		return fmt.Errorf("%s %w: device %s, %s, has all of it; %s may be another, and gets nothing: use the disk where it is, "+
+			"or take it back with --force-reclaim; an image that is to go to several destinations wants --clone from the start",
+			e.disk.Path(), ErrHandedOff, h.Owner, had, now)
+	}
+	return nil
 }
 
 // replaced says why the destination does not have what is here now, although it has

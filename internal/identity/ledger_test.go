@@ -360,6 +360,26 @@ func TestFrozenMoveIsNoted(t *testing.T) {
 	require.NoError(t, mustOpen(t, disks, live(Options{})).Close())
 }
 
+// A source that has nothing to do ends with 0 only for the destination that has the disk:
+// another one gets nothing, and a script that starts a machine there must fail.
+func TestFinishedSourceIsNotFinishedForAnotherDestination(t *testing.T) {
+	for _, at := range []string{"", "tcp://one:7000"} {
+		disks := specs(t, t.TempDir(), "a")
+		l := mustOpen(t, disks, Options{At: at})
+		handOff(t, l, disks)
+		require.NoError(t, l.Complete())
+		require.NoError(t, l.Close())
+		l = mustOpen(t, disks, Options{At: at})
+		require.True(t, l.Finished())
+		require.NoError(t, l.Close())
+		refuses(t, disks, Options{At: "tcp://two:7000"}, "the one at tcp://two:7000 may be another, and gets nothing")
+		if at != "" {
+			refuses(t, disks, Options{At: "tcp://two:7000"}, "at "+at+", has all of it")
+			refuses(t, disks, Options{}, "one that connects now may be another")
+		}
+	}
+}
+
 // Two processes with one state file: one would write its copy over the other's
 // handoff (fault A10).
 func TestStateFileIsLockedAndHeldAgainstTheDisk(t *testing.T) {

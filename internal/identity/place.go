@@ -107,8 +107,6 @@ func (s *state) kin(disk, where string, now sources.Stamp) kinship {
 		return kinCopy
 	case inPlace:
 		return kinMoved
-	case !known && sameSize && was.Inode == now.Inode:
-		return kinMoved // a network file system that was mounted elsewhere
 	case s.State == where:
 		return kinForeign
 	}
