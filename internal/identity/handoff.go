@@ -165,7 +165,7 @@ func (d *stagedDisk) create(files durable.FS, live bool) (err error) {
 }
 
 func (d *stagedDisk) temporary(files durable.FS, s *state) (at string, file durable.File, err error) {
-	s.Path, s.State = d.path, d.where
+	s.Path, s.State, s.FS = d.path, d.where, d.fs
 	b, err := s.encode()
 	if err != nil {
 		return "", nil, err

@@ -27,7 +27,7 @@ func (k keeper) open(d Spec) (*entry, error) {
 		return e, err
 	}
 	if d.State == "" {
-		if err := errors.Join(k.adopt(e), e.choose(k.files.Read)); err != nil {
+		if err := errors.Join(k.adopt(e), e.choose(k.files)); err != nil {
 			return e, err
 		}
 	}
@@ -76,7 +76,7 @@ func (k keeper) save(e *entry) error {
 	if e.lacks != nil {
 		return nil
 	}
-	e.state.Path, e.state.State = e.path, e.where
+	e.state.Path, e.state.State, e.state.FS = e.path, e.where, e.fs
 	b, err := e.state.encode()
 	if err != nil || e.lock != nil && string(e.lock.Content()) == string(b) {
 		return err

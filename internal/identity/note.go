@@ -126,6 +126,7 @@ type found struct {
 	path   string // of the disk, without links
 	where  string // of the state file; empty: a device for which the caller did not say where
 	spare  string // where it lies if it cannot lie there; empty: nowhere
+	fs     string // names the file system; empty: it is not known
 	device string // of the note of a device; empty: none
 	loop   string // of the note of a loop device over the file; empty: it is not a file
 	behind string // of the file behind a loop device; empty: none
@@ -149,7 +150,7 @@ func look(files durable.FS, f Disk, state string) (*found, error) {
 		if old != "" {
 			at.where = old
 		}
-		if err := at.choose(files.Read); err != nil {
+		if err := at.choose(files); err != nil {
 			return nil, err
 		}
 	}
@@ -203,38 +204,10 @@ func locate(f Disk, state string) (at *found, err error) {
 	default:
 		// A device whose state file was not named has none beside it.
 		at.where, _ = Default(f.Path(), f.IsBlockDevice())
-		at.spare = spareState(at.path, at.now)
+		at.fs = fileSystem(at.path, at.now)
+		at.spare = spareState(at.path, at.fs, at.now)
 	}
 	return at, nil
-}
-
-// choose takes the state file in the state directory if there is one: it was made
-// when none could be written beside the disk.
-func (at *found) choose(read func(path string) ([]byte, error)) error {
-	if at.spare == "" {
-		return nil
-	}
-	b, err := read(at.spare)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err := at.read(b, err); err != nil {
-		return err
-	}
-	spare := at.state
-	at.state = nil
-	beside, err := read(at.where)
-	if !errors.Is(err, fs.ErrNotExist) {
-		if err := at.read(beside, err); err != nil {
-			return err
-		}
-		if at.state.UUID != spare.UUID {
-			return fmt.Errorf("%s has two state files, %s and %s: move the wrong one away", at.path, at.where, at.spare)
-		}
-		at.state = nil
-	}
-	at.where = at.spare
-	return nil
 }
 
 // read takes what the state file holds.
@@ -329,7 +302,7 @@ func (at *found) endState(files durable.FS) error {
 		s.end(m.ID, endReturned)
 	}
 	s.Live, s.Open = false, false
-	s.Path, s.State = at.path, at.where
+	s.Path, s.State, s.FS = at.path, at.where, at.fs
 	s.change(unproved(at.now))
 	b, err := s.encode()
 	if err != nil {

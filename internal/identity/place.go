@@ -170,25 +170,16 @@ func backingFile(now sources.Stamp) string {
 	return strings.TrimSuffix(string(b), "\n")
 }
 
-// spareState is where the state file of a file lies that cannot have one beside it:
-// in the state directory, by the file's own number, so that all of its names lead
-// there. Empty: a block device, whose state file the user places.
-func spareState(path string, now sources.Stamp) string {
-	switch {
-	case now.Block:
-		return ""
-	case now.Fickle || now.Birth == 0:
-		return inStateDir("file-", fmt.Sprintf("path %s", path), ".state")
-	}
-	return inStateDir("file-", fmt.Sprintf("inode %d %d", now.Inode, now.Birth), ".state")
-}
-
 // inStateDir is the path of a file in the state directory.
 func inStateDir(prefix, id, suffix string) string {
 	dir := os.Getenv(stateDirVariable)
 	if dir == "" {
 		dir = defaultStateDir
 	}
+	return filepath.Join(dir, prefix+digest(id)+suffix)
+}
+
+func digest(id string) string {
 	sum := sha256.Sum256([]byte(id))
-	return filepath.Join(dir, prefix+hex.EncodeToString(sum[:16])+suffix)
+	return hex.EncodeToString(sum[:16])
 }

@@ -30,9 +30,10 @@ type state struct {
 	Version    int           `json:"version"`
 	UUID       string        `json:"uuid"` // 32 hexadecimal digits
 	Generation number        `json:"generation"`
-	Disk       sources.Stamp `json:"disk"`       // with which the generation is proved; zero: it is not
-	Path       string        `json:"path"`       // of the disk, without links
-	State      string        `json:"state_path"` // of this file, without links
+	Disk       sources.Stamp `json:"disk"`         // with which the generation is proved; zero: it is not
+	Path       string        `json:"path"`         // of the disk, without links
+	State      string        `json:"state_path"`   // of this file, without links
+	FS         string        `json:"fs,omitempty"` // the disk's file system, see fileSystem
 	Met        string        `json:"met,omitempty"`
 	Peer       *peer         `json:"peer,omitempty"`
 
