@@ -63,7 +63,7 @@ func (l *liveChanges) keep(disk string, last identity.Run) bool {
 	// have been put back together with its state, to an end before the last one.
 	proved := last.Ended
 	if !last.Disk.Block {
-		proved = last.Disk.ChangeTime != 0 && changes.WrittenLast(time.Unix(0, last.Disk.ChangeTime))
+		proved = last.Disk.ChangeTime != 0 && l.files[disk].OwnTimes() && changes.WrittenLast(time.Unix(0, last.Disk.ChangeTime))
 	}
 	if changes.Kept() && proved {
 		err := removeSaved(saved) // before the disk is written: else it would be older than the disk

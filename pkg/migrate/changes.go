@@ -7,7 +7,6 @@ import (
 	"hash/crc32"
 	"math/bits"
 	"sync/atomic"
-	"time"
 
 	"github.com/silo-nbd/silo-nbd/pkg/storage/bootfile"
 )
@@ -27,6 +26,7 @@ type Changes struct {
 	kept  bool
 	uuid  [16]byte
 	valid atomic.Bool // another process may go on with it
+	clock clock
 }
 
 // ChangesOptions say whose changes they are.
@@ -48,7 +48,7 @@ type bootMemory interface {
 }
 
 // changesVersion is that of the layout below.
-const changesVersion = 1
+const changesVersion = 2
 
 // Words of the first page. The peer is there twice, and one word says which counts: a
 // process may be killed while it writes the other.
@@ -58,6 +58,7 @@ const (
 	changesBlockSize
 	changesBegun // when the last write began, in nanoseconds since 1970
 	changesEnded // when the last write ended
+	changesClock // by how much the time of day was ahead of the time since the boot then, in nanoseconds
 	changesPeer  // which of the two counts
 	changesPeers // here they begin
 	peerWords    = 6
@@ -67,10 +68,6 @@ const changesHead = 4096 // bytes
 
 // maxChanges is how large the bits may be, in bytes. They take memory all at once.
 const maxChanges = 64 << 20
-
-// wroteSlack is how much a file's time of change may differ from when its last write
-// was seen: file systems take the time a few milliseconds late.
-const wroteSlack = time.Second
 
 // OpenChanges opens what an earlier process of this boot has left of the disk, or
 // begins anew if there is nothing of this generation: Kept reports which.
@@ -99,7 +96,7 @@ func openChanges(o ChangesOptions, open func(size int64) (bootMemory, error)) (*
 			return nil, errors.Join(err, mem.Close())
 		}
 		words := bootfile.Words(mem.Bytes())
-		c := &Changes{mem: mem, geo: geo, head: words[:changesHead/8], dirty: atomicBitmap(words[changesHead/8:]), kept: mem.Kept(), uuid: o.Disk.UUID}
+		c := &Changes{mem: mem, geo: geo, head: words[:changesHead/8], dirty: atomicBitmap(words[changesHead/8:]), kept: mem.Kept(), uuid: o.Disk.UUID, clock: systemClock}
 		if !c.kept {
 			c.head[changesGeneration].Store(o.Disk.Generation)
 			c.head[changesSize].Store(uint64(o.Size))
@@ -125,26 +122,6 @@ func (c *Changes) belongs(o ChangesOptions) bool {
 
 // Kept reports whether an earlier process has left what it knew.
 func (c *Changes) Kept() bool { return c.kept }
-
-// WrittenLast reports whether a file that was changed at changed, as its file system
-// has it, can have been written by the earlier process last, and by no other since.
-func (c *Changes) WrittenLast(changed time.Time) bool {
-	begun, ended := time.Unix(0, int64(c.head[changesBegun].Load())), time.Unix(0, int64(c.head[changesEnded].Load()))
-	return !changed.Before(begun.Add(-wroteSlack)) && !changed.After(ended.Add(wroteSlack))
-}
-
-// SetWritten notes when the disk was changed last, before its Tracker is made.
-func (c *Changes) SetWritten(at time.Time) {
-	c.head[changesBegun].Store(uint64(at.UnixNano()))
-	c.head[changesEnded].Store(uint64(at.UnixNano()))
-}
-
-// wrote notes that a write begins or ends now.
-func (c *Changes) wrote(word int) {
-	if c != nil {
-		c.head[word].Store(uint64(time.Now().UnixNano()))
-	}
-}
 
 // dirt is what remembers the changes from now on.
 func (c *Changes) dirt() *dirt {
@@ -243,6 +220,7 @@ func (c *Changes) Restore(b []byte) error {
 	}
 	c.head[changesBegun].Store(word(changesBegun))
 	c.head[changesEnded].Store(word(changesEnded))
+	c.head[changesClock].Store(uint64(c.clock().ahead)) // that of another boot says nothing
 	c.head[changesPeer].Store(0)
 	for i := range peerWords {
 		c.head[changesPeers+i].Store(word(changesPeer + i))

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -185,27 +184,6 @@ func TestChangesInOtherBlocksMakeAllDirty(t *testing.T) {
 	require.Equal(t, geo.blocks, tracker.track(geo).count.Load())
 	_, c := begun(t, l, changesOf)
 	require.False(t, c.Kept())
-}
-
-// Another program that writes the disk after a kill is found out by the time of the
-// file's change. (trap I7)
-func TestAFileThatAnotherProgramHasWrittenIsFoundOut(t *testing.T) {
-	l := new(left)
-	_, c := begun(t, l, changesOf)
-	at := time.Unix(1000, 0)
-	c.SetWritten(at)
-	for after, want := range map[time.Duration]bool{
-		0: true, 5 * time.Millisecond: true, -5 * time.Millisecond: true,
-		2 * time.Second: false, -2 * time.Second: false, time.Hour: false,
-	} {
-		require.Equal(t, want, c.WrittenLast(at.Add(after)), after)
-	}
-	tracker, c := begun(t, l, changesOf)
-	before := time.Now()
-	_, err := tracker.WriteAt(make([]byte, 10), 0)
-	require.NoError(t, err)
-	require.True(t, c.WrittenLast(before))
-	require.False(t, c.WrittenLast(at))
 }
 
 // slowZeroer is a disk whose zeroes take their time.

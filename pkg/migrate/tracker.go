@@ -206,9 +206,9 @@ func (t *Tracker) change(ctx context.Context, off, length int64, do func() error
 	if d := t.dirt.Load(); d != nil {
 		d.mark(off, length)
 	}
-	t.changes.wrote(changesBegun)
+	t.changes.begins()
 	err := do()
-	t.changes.wrote(changesEnded)
+	t.changes.ends()
 	// Once more, and with what is remembered by now: see dirt.
 	if d := t.dirt.Load(); d != nil {
 		d.mark(off, length)

@@ -118,6 +118,26 @@ func fickle(magic int64) bool {
 	return false
 }
 
+// OwnTimes reports whether the times of the file are of the clock of this host, as far
+// as that is known: a server has another one, and so has another host that writes it.
+func (f *File) OwnTimes() bool {
+	var fs unix.Statfs_t
+	err := control(f.raw, func(fd int) error { return unix.Fstatfs(fd, &fs) })
+	return err == nil && f.block == nil && ownTimes(int64(fs.Type))
+}
+
+// ownTimes reports whether a type of file system is known to be one of this host. Of
+// those that pass times on it is not known.
+func ownTimes(magic int64) bool {
+	const zfs, bcachefs, ntfs3 = 0x2fc12fc1, 0xca451a4e, 0x7366746e
+	switch magic {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC,
+		unix.RAMFS_MAGIC, unix.OVERLAYFS_SUPER_MAGIC, unix.MSDOS_SUPER_MAGIC, zfs, bcachefs, ntfs3:
+		return true
+	}
+	return false
+}
+
 func nanoseconds(t unix.StatxTimestamp) int64 { return t.Sec*int64(time.Second) + int64(t.Nsec) }
 
 func bootID() (string, error) {
