@@ -59,7 +59,7 @@ func (r *run) attach(p *process) error {
 		if !e.ready || !e.fresh {
 			continue
 		}
-		src := r.sourceAt(p.port, e.name)
+		s, src := r.sourceOf(p, e.name)
 		if src == nil {
 			continue
 		}
@@ -72,7 +72,7 @@ func (r *run) attach(p *process) error {
 		of := src.line
 		*f = file{host: p.host, line: of, dest: true, life: r.nextLife()}
 		e.begun = true
-		if r.cloneAt(p.port) {
+		if s.kind == golden {
 			f.line = of.clone(r.nextLine())
 			f.line.owner, f.local = f, map[int]bool{}
 		}
@@ -82,28 +82,20 @@ func (r *run) attach(p *process) error {
 	return nil
 }
 
-// sourceAt is the file that the running source at a port has of a disk.
-func (r *run) sourceAt(at *port, disk string) *file {
+// sourceOf is the source from which a destination receives a disk, and the file that it
+// has of it: the one that runs, or the last that may have met the destination.
+func (r *run) sourceOf(d *process, disk string) (last *process, of *file) {
 	for _, p := range r.procs {
-		if p.kind == dest || p.port != at {
+		if p.kind == dest || p.port != d.port || p.seen && !p.met[d] {
 			continue
 		}
 		for _, e := range p.disks {
-			if e.name == disk && e.file != nil && e.file.line != nil && !p.seen {
-				return e.file
+			if e.name == disk && e.file != nil && e.file.line != nil && (last == nil || last.seen) {
+				last, of = p, e.file
 			}
 		}
 	}
-	return nil
-}
-
-func (r *run) cloneAt(at *port) bool {
-	for _, p := range r.procs {
-		if p.kind == golden && p.port == at && !p.seen {
-			return true
-		}
-	}
-	return false
+	return last, of
 }
 
 // probe finds out which processes answer writes, and that no two do for a line.
@@ -210,6 +202,9 @@ func (r *run) owns(p *process, e *export) error {
 	if l.owner == f || r.over {
 		return nil
 	}
+	if l.goesOn(f) {
+		return nil
+	}
 	if !l.offered {
 		// It may have answered before it was asked whether it does.
 		if e.conn != nil && !r.accepts(p, e) {
@@ -292,6 +287,9 @@ func (r *run) readBack(p *process, e *export) error {
 // claims holds what a process has said of success against what is there.
 func (r *run) claims(p *process) error {
 	said := p.out.String()
+	if err := r.attach(p); err != nil { // what it has said first counts first
+		return err
+	}
 	if strings.Contains(said, "\npanic: ") || strings.Contains(said, "fatal error: ") || strings.Contains(said, "DATA RACE") {
 		return violatedf("crash", "%s has crashed", p.label)
 	}
@@ -305,6 +303,11 @@ func (r *run) claims(p *process) error {
 	}
 	if p.seen || !p.hasEnded() {
 		return nil
+	}
+	for _, d := range r.procs {
+		if p.kind != dest && d.kind == dest && d.port == p.port && !d.seen {
+			p.met[d] = true
+		}
 	}
 	p.seen = true
 	p.close()
@@ -432,6 +435,11 @@ func (r *run) sourceDone(p *process) error {
 			continue
 		}
 		l := f.line
+		for _, h := range r.hosts {
+			for _, o := range h.files {
+				_ = o.line == l && l.goesOn(o) // its source ends only with the owner
+			}
+		}
 		if l.owner != f {
 			if diff := r.holds(l.owner); diff != "" {
 				return violatedf("false-success", "%s has ended with 0, but the owner of %s, %s, lacks something: %s", p.label, e.as, r.ownerName(l), diff)

@@ -52,9 +52,12 @@ type snap struct {
 	life         int
 	ended        bool  // the handoff that is noted has ended since, by a reclaim
 	line         *line // as it was, if the file was the owner
-	of           *line
-	parts        string // which of d, m, s there were
-	attrs        map[string][]byte
+	// maybe is the line as it was if the file was perhaps the owner already, of
+	// which nothing had been seen yet.
+	maybe *line
+	of    *line
+	parts string // which of d, m, s there were
+	attrs map[string][]byte
 }
 
 func newHost(name, dir, saved string) (*host, error) {
@@ -150,6 +153,8 @@ func (h *host) snapshot(name, id string) error {
 	s := &snap{file: f, disk: diskName(name), dir: filepath.Join(h.saved, h.name+"-"+id), whole: f.whole, noted: [2]bool{f.noted, h.noted[name]}, of: f.line, life: f.life}
 	if l := f.line; l != nil && l.owner == f {
 		s.owner, s.line = true, l.clone(l.id)
+	} else if l != nil && f.dest && l.offered && !l.sure {
+		s.maybe = l.clone(l.id)
 	}
 	if err := os.RemoveAll(s.dir); err != nil {
 		return err

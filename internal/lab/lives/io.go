@@ -96,6 +96,9 @@ func (r *run) writes(p *process, e *export, from string, killAt int) error {
 				continue
 			}
 			l.answered(first+i, t)
+			if p.kind == live {
+				r.refute(l)
+			}
 			e.file.local[first+i] = true
 		}
 		if n == killAt {
@@ -107,6 +110,18 @@ func (r *run) writes(p *process, e *export, from string, killAt int) error {
 		}
 	}
 	return nil
+}
+
+// refute notes that a source of a line has answered a write: then no destination was
+// its owner at an earlier snapshot.
+func (r *run) refute(l *line) {
+	for _, h := range r.hosts {
+		for _, s := range h.snaps {
+			if s.of == l {
+				s.maybe = nil
+			}
+		}
+	}
 }
 
 // flush: flush LABEL DISK

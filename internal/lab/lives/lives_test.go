@@ -26,6 +26,7 @@ var (
 	workers = flag.Int("lives.workers", 2*runtime.NumCPU(), "how many runs at once")
 	going   = flag.Bool("lives.all", false, "go on after a violation, and count them")
 	given   = flag.String("lives.bin", "", "the program that is tried (default: it is built)")
+	shorten = flag.Duration("lives.shrink", 20*time.Second, "how long steps are left out of a run that found a violation")
 	keeps   = flag.Bool("lives.keeps", true, "a dest that is killed has lost nothing that was acknowledged")
 	races   = flag.Bool("lives.race", false, "build the program with the race detector")
 	played  = flag.String("lives.play", "", "play these steps, between semicolons, and show what was said")
@@ -106,7 +107,7 @@ func TestLives(t *testing.T) {
 		w := testWorker(t, "")
 		wg.Go(func() {
 			for seed := next.Add(1) - 1; seed < last && (*going || !t.Failed()) && time.Since(began) < *bound; seed = next.Add(1) - 1 {
-				f := w.draw(seed, 20*time.Second)
+				f := w.draw(seed, *shorten)
 				made.Add(1)
 				if f == nil {
 					continue

@@ -92,6 +92,24 @@ func (l *line) clone(id int) *line {
 	return c
 }
 
+// rollBack makes l what it was at an earlier time, at the file that is its owner from
+// now on.
+func (l *line) rollBack(to *line, owner *file) {
+	was := to.clone(l.id)
+	l.cur, l.open, l.unflushed, l.owner, l.offered = was.cur, was.open, was.unflushed, owner, false
+}
+
+// goesOn lets a line go on at a file that took the place of its owner, if that was
+// perhaps the owner of before; it reports whether it was.
+func (l *line) goesOn(f *file) bool {
+	if f.earlier == nil || l.owner == nil || len(l.owner.host.namesOf(l.owner)) > 0 {
+		return false
+	}
+	l.rollBack(f.earlier, f)
+	f.earlier, f.local, f.gone = nil, map[int]bool{}, false
+	return true
+}
+
 func newLine(id int, contents []token) *line {
 	return &line{id: id, cur: contents, open: map[int][]token{}, unflushed: map[int][]token{}}
 }
@@ -189,6 +207,9 @@ type file struct {
 	local map[int]bool
 	// gone tells that a source of it has ended with 0, rightly.
 	gone bool
+	// earlier is the line that goes on here if it turns out that the owner was rolled
+	// back, and not a destination of before the handoff.
+	earlier *line
 	// dest tells that a destination of it was ready.
 	dest bool
 	// life is another number after each start and each clean end of a destination:

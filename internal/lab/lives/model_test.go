@@ -55,3 +55,46 @@ func TestOnlyAnOfferMakesAnotherOwner(t *testing.T) {
 	require.Same(t, b, l.owner)
 	require.Equal(t, "takeover", kindOf(r.owns(p, &export{file: a})))
 }
+
+func TestAnOwnerMayBePutBackToWhatItWasBeforeItWasSeen(t *testing.T) {
+	h := &host{files: map[string]*file{}}
+	a, b, c := &file{host: h}, &file{host: h}, &file{host: h}
+	l := newLine(1, make([]token, 16))
+	a.line, b.line, c.line, l.owner = l, l, l, b
+	c.earlier = l.clone(1)
+	l.answered(0, 7)
+	h.files["d0"] = b
+	require.False(t, l.goesOn(c), "the owner is there still")
+	require.Same(t, b, l.owner)
+	h.files["d0"] = c
+	require.False(t, l.goesOn(a), "it did not take the place of the owner")
+	require.True(t, l.goesOn(c))
+	require.Same(t, c, l.owner)
+	require.Zero(t, l.cur[0], "it is as it was")
+	require.Equal(t, "takeover", kindOf((&run{}).owns(&process{}, &export{file: b})), "only one has its place")
+}
+
+func TestALiveSourceThatAnswersShowsThatNoneWasTheOwnerBefore(t *testing.T) {
+	l := newLine(1, make([]token, 16))
+	s, other := &snap{of: l, maybe: l.clone(1)}, &snap{of: newLine(2, nil), maybe: l.clone(2)}
+	r := &run{hosts: [2]*host{{}, {snaps: map[string]*snap{"a": s, "b": other}}}}
+	r.refute(l)
+	require.Nil(t, s.maybe)
+	require.NotNil(t, other.maybe)
+}
+
+func TestADestinationHasWhatItsSourceHadThatHasEnded(t *testing.T) {
+	at, f := &port{}, &file{line: newLine(1, nil)}
+	d := &process{kind: dest, port: at}
+	was := &process{kind: golden, port: at, seen: true, met: map[*process]bool{d: true}, disks: []*export{{name: "d0", file: f}}}
+	r := &run{procs: []*process{was, d}}
+	s, of := r.sourceOf(d, "d0")
+	require.Same(t, was, s)
+	require.Same(t, f, of)
+	_, of = r.sourceOf(&process{kind: dest, port: at}, "d0")
+	require.Nil(t, of, "it came after the source had ended")
+	g := &file{line: newLine(2, nil)}
+	r.procs = append(r.procs, &process{kind: live, port: at, disks: []*export{{name: "d0", file: g}}})
+	_, of = r.sourceOf(d, "d0")
+	require.Same(t, g, of, "the one that runs goes first")
+}

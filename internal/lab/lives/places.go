@@ -67,7 +67,7 @@ func (r *run) restore(w []string) (bool, error) {
 		}
 	}
 	h.files[n] = f
-	rolledBack := was != nil && was.line == s.of && was.line != nil && was.line.owner == was
+	rolledBack := was != nil && was.line == s.of && was.line != nil && (was.line.owner == was || was.earlier != nil)
 	switch l := s.of; {
 	case !s.owner && s.ended && s.whole && rolledBack && !strings.Contains(which, "s"):
 		// It is as it was when it was handed off, and the state file knows that it
@@ -79,6 +79,9 @@ func (r *run) restore(w []string) (bool, error) {
 		*l = *newLine(l.id, have)
 		l.owner = f
 	case !s.owner:
+		if rolledBack && strings.Contains(which, "m") {
+			f.earlier = s.maybe
+		}
 	case was == nil || was != s.file && was.line != s.of:
 		// A copy elsewhere, or over another disk: one of its own if it is whole.
 		if s.whole && !h.knows(n) {
@@ -86,8 +89,7 @@ func (r *run) restore(w []string) (bool, error) {
 		}
 	case rolledBack && (s.whole || strings.Contains(which, "m")):
 		// The owner was rolled back: that is the disk from now on.
-		was := s.line.clone(l.id)
-		l.cur, l.open, l.unflushed, l.owner, l.offered = was.cur, was.open, was.unflushed, f, false
+		l.rollBack(s.line, f)
 	case rolledBack:
 	case s.whole && !h.knows(n):
 		// It was handed off since, which nothing here knows any more.

@@ -51,6 +51,9 @@ type process struct {
 	// claimed tells that it has said that all is complete, and was right.
 	claimed bool
 	pending chan error // the answer to a handoff that is under way
+	// met are the destinations that ran when it ended, of a source: one may say only
+	// later what it has received.
+	met map[*process]bool
 }
 
 // export is a disk of a process and how it is used over NBD.

@@ -170,6 +170,11 @@ func (r *run) step(text string) error {
 
 // ends looks at the processes that have ended.
 func (r *run) ends() error {
+	for _, p := range r.procs { // what was received counts before the end of its source
+		if err := r.attach(p); err != nil {
+			return err
+		}
+	}
 	for _, p := range r.procs {
 		if err := r.claims(p); err != nil {
 			return err

@@ -157,7 +157,7 @@ func (r *run) prepare(k kind, w []string) (*process, error) {
 	if h == nil {
 		return nil, nil
 	}
-	return &process{label: w[0], kind: k, host: h, names: strings.Split(w[2], ",")}, nil
+	return &process{label: w[0], kind: k, host: h, names: strings.Split(w[2], ","), met: map[*process]bool{}}, nil
 }
 
 // reclaimed ends what was known of a disk that is taken back: it goes on as it
@@ -340,7 +340,7 @@ func (r *run) unsure(p *process) {
 // leave notes, before a file is written over, that a source of its line may end with 0
 // from now on, if the file holds all: it may have said so already.
 func (r *run) leave(f *file) {
-	if f.line == nil || f.line.owner != f || !f.dest || r.holds(f) != "" {
+	if f.line == nil || !f.dest || f.line.owner != f && (!f.line.offered || f.line.sure) || r.holds(f) != "" {
 		return
 	}
 	for _, h := range r.hosts {
