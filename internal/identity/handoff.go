@@ -199,6 +199,13 @@ func (l *Ledger) HandOff() error {
 			return err
 		}
 	}
+	for _, d := range l.staged.disks {
+		if d.lacks != nil { // then its mark says so alone
+			if err := l.mark(d.entry, d.gone.Handoff, false); err != nil {
+				return err
+			}
+		}
+	}
 	l.handedOff = true
 	for _, d := range l.staged.disks {
 		d.entry.state = d.gone

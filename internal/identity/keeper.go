@@ -143,7 +143,7 @@ func (k keeper) first(e *entry, o Options) error {
 	case e.given:
 		return fmt.Errorf("--state: keep the disk's identity: %w", err)
 	case o.Reclaim, len(e.marks) > 0, e.published(), errors.Is(err, durable.ErrInUse):
-		return fmt.Errorf("keep the identity of %s: %w", e.disk.Path(), err)
+		return fmt.Errorf("keep the identity of %s: %w: say with --state where its state file is to lie", e.disk.Path(), err)
 	}
 	e.lacks = err
 	return nil
@@ -151,11 +151,12 @@ func (k keeper) first(e *entry, o Options) error {
 
 // mark makes the disk itself say what the handoff is.
 func (k keeper) mark(e *entry, h *handoff, staged bool) error {
+	m := markOf(h, e.where, staged)
 	if e.lacks != nil {
-		return nil
+		m.State, m.Alone, m.ModTime = "", true, e.watch.ModTime
 	}
 	return e.touch(func() (err error) {
-		h.Marked, err = writeMark(k.files, e.disk, e.device, markOf(h, e.where, staged))
+		h.Marked, err = writeMark(k.files, e.disk, e.device, m)
 		return err
 	})
 }

@@ -126,6 +126,9 @@ func Open(disks []Spec, o Options) (_ *Ledger, err error) {
 			return nil, err
 		}
 	}
+	if !o.Reclaim {
+		l.recall()
+	}
 	l.handedOff, l.finished, err = l.disks.judge(o)
 	if err != nil {
 		return nil, err

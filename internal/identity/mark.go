@@ -37,6 +37,10 @@ type mark struct {
 	// Staged: the handoff had begun; only the state file knows whether it was
 	// published.
 	Staged bool `json:"staged,omitempty"`
+	// Alone: no state file could be kept, and this is all that there is. ModTime is
+	// then the file's modification time.
+	Alone   bool  `json:"alone,omitempty"`
+	ModTime int64 `json:"modtime,omitempty"`
 
 	where string // what holds it, in words
 }
@@ -55,7 +59,7 @@ func markOf(h *handoff, state string, staged bool) mark {
 
 // handoff is what is known of a handoff from a mark alone.
 func (m *mark) handoff() *handoff {
-	return &handoff{ID: m.ID, Owner: m.Owner, Epoch: m.Epoch, At: m.At, Frozen: m.Frozen, Taken: m.Taken, Complete: m.Complete}
+	return &handoff{ID: m.ID, Owner: m.Owner, Epoch: m.Epoch, At: m.At, Frozen: m.Frozen, Taken: m.Taken, Complete: m.Complete, Marked: m.Alone}
 }
 
 func decodeMark(where string, b []byte) (*mark, error) {
@@ -134,8 +138,9 @@ func writeMark(files durable.FS, d Disk, note string, m mark) (attributed bool, 
 	if note == "" {
 		return attributed, nil
 	}
-	if err := writeNote(files, note, append(b, '\n')); err != nil && !noPlace(err) {
-		return attributed, err
+	if err := writeNote(files, note, append(b, '\n')); err != nil {
+		// A device bears no other mark: with another --state it would be served again.
+		return attributed, fmt.Errorf("%s cannot bear a note of its own, and none can be kept for it: %w: name a directory for it with %s", d.Path(), err, stateDirVariable)
 	}
 	return attributed, nil
 }

@@ -43,6 +43,10 @@ func (l *Ledger) stay(o Options) error {
 		}
 	}
 	for _, e := range l.disks {
+		if e.lacks == errAlone {
+			e.lacks = nil
+			e.lacks = l.place(e)
+		}
 		if e.state == nil || e.state.Written == "" && (e.unchanged() || e.unchangedSinceHandOff()) {
 			continue
 		}
