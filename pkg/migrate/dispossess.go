@@ -54,6 +54,8 @@ func (s *Source) dispossess(refused *protocol.RefusedError) error {
 	err := fmt.Errorf("disk %q is in use at a destination, device %x: it was handed off, and what is known of it here is older than that, as after a rollback "+
 		"of this host: nothing is sent or served here any more: use the disk there; or end that destination, and take the disk back as it is here with --force-reclaim", d.Name, owner.Device)
 	s.log.Error("the disk is another host's: its service here has ended", "disk", d.Name, "device", fmt.Sprintf("%x", owner.Device), "last met", fmt.Sprintf("%x", last.Device))
+	s.hand.noting.take()
+	defer s.hand.noting.leave()
 	noted := s.opts.Ledger.Prepare(to)
 	if noted == nil {
 		noted = s.opts.Ledger.HandOff()

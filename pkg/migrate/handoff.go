@@ -40,6 +40,7 @@ var (
 // hand is the handoff of all live disks of a Source: at most one is under way.
 type hand struct {
 	ledger Ledger
+	noting turn          // of whom prepares a handoff in the ledger
 	kick   chan struct{} // capacity 1: somebody asks
 
 	mu sync.Mutex // never held over I/O
@@ -67,7 +68,7 @@ func newHand(l Ledger, auto, committed bool) *hand {
 	if l == nil {
 		l = new(noLedger)
 	}
-	return &hand{ledger: l, auto: auto, committed: committed, kick: make(chan struct{}, 1), taken: make(chan struct{})}
+	return &hand{ledger: l, noting: newTurn(), auto: auto, committed: committed, kick: make(chan struct{}, 1), taken: make(chan struct{})}
 }
 
 // Handoff hands all live disks to the destination now, whatever has not
@@ -134,6 +135,9 @@ func (s *Source) AbortHandoff() error {
 	}
 	h.auto = false
 	r.drop(errAborted)
+	if r.cancel == nil { // it has not begun
+		h.endLocked(errAborted)
+	}
 	h.mu.Unlock()
 	notify(h.kick)
 	<-r.ended
@@ -270,7 +274,10 @@ func (h *hand) begin(ctx context.Context) (*request, context.Context, context.Ca
 	return r, ctx, cancel
 }
 
-// commit is the point of no return: what drops the request later is too late.
+// commit is the point of no return: what drops the request later is too late. HandOff
+// has no limit, though writes are held: while it is not known what is noted, nothing may
+// be written here that a source which is started again would not know of. It is little
+// more than renames, and Prepare has synced all else.
 func (h *hand) commit(r *request) error {
 	h.mu.Lock()
 	if r.gone != nil {
@@ -374,7 +381,7 @@ func (l *liveSession) lock(ctx context.Context) (held time.Time, err error) {
 		if err := c.disk.Live.hold(ctx); err != nil {
 			return err
 		}
-		if err := c.flush(); err != nil {
+		if err := l.flush(ctx, c); err != nil {
 			return err
 		}
 		return c.takeBack(ctx, false)
@@ -399,7 +406,7 @@ func (l *liveSession) prepare(ctx context.Context) error {
 			if err := c.disk.peer.step(lock); err != nil {
 				return err
 			}
-			return c.flush()
+			return l.flush(ctx, c)
 		})
 	})
 	if err := group.Wait(); err != nil {
@@ -408,10 +415,17 @@ func (l *liveSession) prepare(ctx context.Context) error {
 	if err := l.each(ctx, func(ctx context.Context, c *line) error { return c.takeBack(ctx, false) }); err != nil {
 		return err
 	}
-	if err := l.src.hand.ledger.Prepare(l.owners()); err != nil {
+	h, to := l.src.hand, l.owners()
+	if err := l.src.turns.do(ctx, h.noting, func() error { return h.ledger.Prepare(to) }); err != nil {
 		return fmt.Errorf("the handoff cannot be noted: %w", err)
 	}
 	return nil
+}
+
+// flush makes durable what clients wrote, and leaves a sync that hangs alone when ctx
+// ends.
+func (l *liveSession) flush(ctx context.Context, c *line) error {
+	return l.src.turns.do(ctx, c.disk.flush, c.flush)
 }
 
 // awaitLanded waits until no data packet is in flight: one that arrived after

@@ -106,6 +106,7 @@ type Source struct {
 
 	served  bool // a destination has taken the disks; only Run's goroutine uses it
 	metOnce sync.Once
+	turns   turns
 
 	mu       sync.Mutex
 	progress passes // guarded by mu
@@ -119,6 +120,7 @@ type sourceDisk struct {
 	rate   speed // of what clients write
 	peer   *peerRecord
 	clone  bool // it goes to many, and each owns its copy
+	flush  turn // of whom flushes it for a handoff
 
 	comparing comparing
 
@@ -172,6 +174,9 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 	if gone > 0 && gone < live {
 		return nil, fmt.Errorf("migrate: %d of %d disks were handed off: they belong together", gone, live)
 	}
+	for _, d := range s.disks {
+		d.flush = newTurn()
+	}
 	s.hand = newHand(s.opts.Ledger, opts.AutoHandoff, gone > 0)
 	return s, nil
 }
@@ -181,6 +186,7 @@ func NewSource(disks []SourceDisk, opts SourceOptions) (*Source, error) {
 // the cause of ctx when that ends first, and otherwise what cannot be mended
 // by connecting again.
 func (s *Source) Run(ctx context.Context, connect Connector) error {
+	defer s.turns.wait()
 	defer s.hand.close()
 	loop := sessions{
 		connect: connect, listening: s.opts.Listening, log: s.log, session: s.session,
