@@ -1,5 +1,0 @@
-//go:build !race
-
-package lazy
-
-const slowdown = 1 // see race_test.go
