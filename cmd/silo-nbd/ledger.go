@@ -20,7 +20,7 @@ func (f *sourceFlags) openLedger(specs []disks.Spec, files []*sources.File, keep
 	}
 	live := !f.live.nbd.IsZero()
 	ledger, err := identity.Open(named, identity.Options{
-		Live: live, Reclaim: f.reclaim, Moved: f.moved, At: f.wire.connect.String(), Keep: keep,
+		Live: live, Clone: f.clone, Reclaim: f.reclaim, Moved: f.moved, At: f.wire.connect.String(), Keep: keep,
 		Doubt: func(disk string) {
 			c.log.Warn("this disk's change time moved while it was sent, and nothing else of it: its owner, mode, names or attributes were changed, or it was written and its modification time put back; samples of it are as they were, so the move goes on",
 				"disk", disk)

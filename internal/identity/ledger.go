@@ -27,6 +27,8 @@ type Spec struct {
 type Options struct {
 	// Live: the disks are served here while they move. Otherwise they are frozen.
 	Live bool
+	// Clone: the disks are images of which several destinations get copies.
+	Clone bool
 	// Reclaim takes disks back that were handed off.
 	Reclaim bool
 	// Moved: a disk that is found elsewhere, or under another inode, is the one of
@@ -167,6 +169,9 @@ func (l *Ledger) begin(o Options) error {
 		if o.Live {
 			e.openLive(o, boot)
 		} else if e.state.Live || !e.unchanged() {
+			if e.state.Cloned && (e.state.Live || written(e.state.Disk, e.now) != "" || e.differs() != "") {
+				e.state.UUID, e.state.Cloned = newUUID(), false // to its copies it is another image
+			}
 			// What was copied of a live disk has changed since.
 			e.state.Live, e.state.Open, e.state.BootID = false, false, ""
 			e.state.change(e.now)
@@ -175,6 +180,7 @@ func (l *Ledger) begin(o Options) error {
 		if !o.Live {
 			e.sample()
 		}
+		e.state.Cloned = e.state.Cloned || o.Clone
 	}
 	if err := l.eachInOrder(func(e *entry) error { return l.first(e, o) }); err != nil {
 		return err

@@ -37,6 +37,7 @@ type state struct {
 	Met        string        `json:"met,omitempty"`
 	Peer       *peer         `json:"peer,omitempty"`
 
+	Cloned bool   `json:"cloned,omitempty"`  // destinations may have copies of it, which are not noted
 	Live   bool   `json:"live,omitempty"`    // the generation is that of a disk in use
 	Open   bool   `json:"open,omitempty"`    // it is served, or its process was killed
 	BootID string `json:"boot_id,omitempty"` // in which it was opened

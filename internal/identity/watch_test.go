@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/silo-nbd/silo-nbd/pkg/migrate"
 	"github.com/silo-nbd/silo-nbd/pkg/storage/sources"
 )
 
@@ -221,4 +222,32 @@ func TestCopyWithoutAttributesIsCompared(t *testing.T) {
 		require.True(t, l.HandedOff())
 		require.NoError(t, l.Close())
 	})
+}
+
+// A copy of a golden image has a part of it: an image that was written since is another one,
+// and no comparison of that part makes it the same; one that was only touched otherwise is
+// compared (fault F7).
+func TestGoldenImageThatWasWrittenIsAnother(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image.raw")
+	require.NoError(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	identify := func(o Options) (id migrate.Identity) {
+		opened(t, image, "", func(d Spec) {
+			l := mustOpen(t, []Spec{d}, o)
+			id = l.Identity(0)
+			require.NoError(t, l.Close())
+		})
+		return id
+	}
+	first := identify(Options{Clone: true})
+	require.Equal(t, first, identify(Options{Clone: true}))
+	require.NoError(t, os.Chmod(image, 0o640))
+	second := identify(Options{Clone: true})
+	require.Equal(t, first.UUID, second.UUID)
+	require.NotEqual(t, first.Generation, second.Generation)
+	touch(t, Spec{Disk: openFile(t, image, false)})
+	third := identify(Options{})
+	require.NotEqual(t, first.UUID, third.UUID)
+	require.Equal(t, third, identify(Options{Clone: true}))
+	poke(t, image, 0)
+	require.NotEqual(t, third.UUID, identify(Options{}).UUID, "by a sample")
 }
