@@ -63,7 +63,18 @@ var pure = []string{"context", "net", "net/...", "os", "os/...", "sync", "sync/.
 // begins with file and line.
 func Check(root fs.FS) ([]string, error) {
 	var wrong []string
-	err := fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
+	err := eachGoFile(root, func(name string, source []byte) error {
+		found, err := checkFile(name, source)
+		wrong = append(wrong, found...)
+		return err
+	})
+	return wrong, err
+}
+
+// eachGoFile calls do with the slash-separated path and the content of every Go file
+// of a module, outside testdata and hidden directories.
+func eachGoFile(root fs.FS, do func(name string, source []byte) error) error {
+	return fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
@@ -76,11 +87,8 @@ func Check(root fs.FS) ([]string, error) {
 		if err != nil {
 			return err
 		}
-		found, err := checkFile(name, source)
-		wrong = append(wrong, found...)
-		return err
+		return do(name, source)
 	})
-	return wrong, err
 }
 
 func checkFile(name string, source []byte) ([]string, error) {

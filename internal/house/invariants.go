@@ -7,7 +7,6 @@ import (
 	"path"
 	"regexp"
 	"slices"
-	"strings"
 )
 
 // invariantsFile holds every claim that a code such as M12 stands for: a table
@@ -64,24 +63,12 @@ func CheckInvariants(root fs.FS) ([]string, error) {
 // mentions one file that does.
 func testsAndCodes(root fs.FS) (tests map[string]bool, codes map[string]string, err error) {
 	tests, codes = make(map[string]bool), make(map[string]string)
-	err = fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
-		switch {
-		case err != nil:
-			return err
-		case d.IsDir() && (d.Name() == "testdata" || len(d.Name()) > 1 && strings.HasPrefix(d.Name(), ".")):
-			return fs.SkipDir
-		case d.IsDir() || path.Ext(name) != ".go":
-			return nil
-		}
-		source, err := fs.ReadFile(root, name)
-		if err != nil {
-			return err
-		}
+	err = eachGoFile(root, func(name string, source []byte) error {
 		for _, m := range testFunction.FindAllSubmatch(source, -1) {
 			tests[string(m[1])] = true
 		}
 		if path.Dir(name) == "internal/house" {
-			return nil // its own tests mention codes that stand for none
+			return nil // its own tests mention codes that stand for no claim
 		}
 		for _, m := range codePattern.FindAllSubmatch(source, -1) {
 			for _, code := range oneCode.FindAllString(string(m[1]), -1) {
