@@ -196,6 +196,7 @@ func (r *run) owns(p *process, e *export) error {
 	e.answered = true
 	if f.line.owner != f && p.kind == dest {
 		r.follow(p, e)
+		r.becomeCopy(p, e)
 	}
 	l := f.line
 	l.seen = true
@@ -248,6 +249,16 @@ func (r *run) follow(p *process, e *export) {
 			}
 			return
 		}
+	}
+}
+
+// becomeCopy lets a destination that was in standby go on as a copy of its own if its
+// source serves the disk as a golden image now.
+func (r *run) becomeCopy(p *process, e *export) {
+	f := e.file
+	if s, of := r.sourceOf(p, e.name); s != nil && s.kind == golden && of != f && of.line == f.line {
+		f.line = f.line.clone(r.nextLine())
+		f.line.owner, f.local = f, map[int]bool{}
 	}
 }
 

@@ -85,7 +85,15 @@ func (h *host) reset() error {
 		return err
 	}
 	h.files, h.links, h.noted, h.snaps, h.full = map[string]*file{}, map[string]string{}, map[string]bool{}, map[string]*snap{}, false
-	return errors.Join(empty(h.dir), empty(h.run), empty(h.state))
+	err := errors.Join(empty(h.dir), empty(h.run), empty(h.state))
+	within(startBound, h.roomy) // what those had that were killed may still be given back
+	return err
+}
+
+// roomy reports whether the host's file system is empty.
+func (h *host) roomy() bool {
+	var st unix.Statfs_t
+	return !h.mounted || unix.Statfs(h.dir, &st) == nil && st.Bfree == st.Blocks
 }
 
 func (h *host) close() error {

@@ -1,12 +1,14 @@
 package lives
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +45,11 @@ func (r *run) restore(w []string) (bool, error) {
 	if was != nil {
 		r.leave(was)
 		r.doubt(was)
-		r.over = r.over || s.unseen(was, which, inPlace, withAttrs)
+		sameSave, err := s.sameSave(h, n)
+		if err != nil {
+			return false, err
+		}
+		r.over = r.over || s.unseen(was, which, inPlace, withAttrs, sameSave)
 	}
 	if err := s.put(h, n, which, inPlace && was != nil, withAttrs); err != nil {
 		return true, err
@@ -100,11 +106,36 @@ func (r *run) restore(w []string) (bool, error) {
 
 // unseen reports whether nothing can tell that a part of a destination's disk was
 // put back: a map or a disk of the life that was killed last, a disk that lies in the
-// same file with the same attributes, or a complete one that others may write.
-func (s *snap) unseen(was *file, which string, inPlace, withAttrs bool) bool {
+// same file with the same attributes, or a complete one that others may write. Nor if
+// both were put back after a kill, and the map had not been saved since: then what the
+// process has left for as long as the boot counts for it, with what came later.
+func (s *snap) unseen(was *file, which string, inPlace, withAttrs, sameSave bool) bool {
 	disk, itsMap := strings.Contains(which, "d"), strings.Contains(which, "m")
+	if disk && itsMap {
+		return was.dest && s.life == was.life && inPlace && !was.clean && sameSave
+	}
 	same := s.life == was.life || disk && inPlace && !withAttrs
 	return was.dest && disk != itsMap && same && (!disk || inPlace) && (!was.clean || was.whole)
+}
+
+// sameSave reports whether the map at a name may be of the same save as that of the
+// snapshot: one of the two copies of the header is the same.
+func (s *snap) sameSave(h *host, name string) (bool, error) {
+	was, err := os.ReadFile(filepath.Join(s.dir, "m"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	now, nowErr := os.ReadFile(h.path(name) + mapSuffix)
+	if errors.Is(nowErr, fs.ErrNotExist) {
+		return false, err
+	}
+	const slot = 4096 // bytes of a copy of the header
+	for at := 0; at < 2*slot && at+slot <= min(len(was), len(now)); at += slot {
+		if bytes.Equal(was[at:at+slot], now[at:at+slot]) {
+			return true, errors.Join(err, nowErr)
+		}
+	}
+	return false, errors.Join(err, nowErr)
 }
 
 // fork lets a file live on beside the owner, as it was at some time.
@@ -205,11 +236,12 @@ func (r *run) replace(w []string) (bool, error) {
 	return true, errors.Join(os.Remove(h.path(n)), os.WriteFile(h.path(n), b, 0o600))
 }
 
-// received reports whether another file has something of a file's line.
+// received reports whether another file has something of a file's line, and not from
+// the time before that was complete.
 func (r *run) received(f *file) bool {
 	for _, h := range r.hosts {
 		for _, o := range h.files {
-			if o != f && o.line == f.line {
+			if o != f && o.line == f.line && !o.gone {
 				return true
 			}
 		}

@@ -176,6 +176,22 @@ func (p *process) running() bool { return !p.hasEnded() }
 // code is the exit code of a process that has ended; -1 if a signal ended it.
 func (p *process) code() int { return p.cmd.ProcessState.ExitCode() }
 
+// stands reports whether no thread of the process runs: SIGSTOP does not wait for that.
+func (p *process) stands() bool {
+	all, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", p.cmd.Process.Pid)) // the pattern is right
+	for _, path := range all {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		_, state, _ := strings.Cut(string(b[bytes.LastIndexByte(b, ')')+1:]), " ")
+		if !strings.ContainsAny(state[:1], "TtZX") {
+			return false
+		}
+	}
+	return true
+}
+
 // kill ends the process at once.
 func (p *process) kill() {
 	p.killed = true

@@ -109,6 +109,7 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 			r.reclaimed(e, before[e.as])
 			l = e.file.line
 		}
+		r.weird = r.weird || k == golden && r.received(e.file) // that is refused if the disk is served live again
 		if l.owner == e.file && k != golden {
 			l.offered = true
 			l.sure = l.sure && k == live
@@ -193,8 +194,12 @@ func (r *run) startDest(w []string) (bool, error) {
 	if p.overwrite = slices.Contains(w, "overwrite"); p.overwrite {
 		for _, n := range p.names {
 			// What has no other copy is not given up.
-			if f := p.host.file(n); f != nil && !r.mayLose(f) {
+			f := p.host.file(n)
+			if f != nil && !r.mayLose(f) {
 				return false, nil
+			}
+			if f != nil {
+				r.leave(f)
 			}
 		}
 		args = append(args, "--overwrite")
@@ -539,6 +544,9 @@ func (r *run) stopped(h *host, do func() error) error {
 		if p.host == h && p.running() {
 			_ = p.cmd.Process.Signal(syscall.SIGSTOP) // it may have ended
 			defer p.cmd.Process.Signal(syscall.SIGCONT)
+			if !within(endBound, p.stands) {
+				return violatedf("hang", "%s does not stand still", p.label)
+			}
 		}
 	}
 	return do()
