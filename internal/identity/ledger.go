@@ -101,7 +101,9 @@ type entry struct {
 
 // beginning is a disk that no one had changed when a live source opened it.
 type beginning struct {
+	uuid       string
 	generation number
+	cloned     bool
 	disk       sources.Stamp
 }
 
@@ -255,7 +257,12 @@ func (e *entry) openLive(o Options, boot string) {
 	s := e.state
 	e.crashed = s.Open
 	if e.unchanged() && !s.Live {
-		e.begin = &beginning{s.Generation, e.now}
+		e.begin = &beginning{s.UUID, s.Generation, s.Cloned, e.now}
+	}
+	if s.Cloned && s.Handoff == nil {
+		// A copy of it is in use as the disk that the image was, and must not pass for
+		// the owner of this one. No destination has anything of this one.
+		s.UUID, s.Cloned, s.Peer = newUUID(), false, nil
 	}
 	last := Run{Identity: s.identity(), Ended: !s.Open && e.unchanged(), Disk: e.now, State: e.where}
 	killed := s.Open && e.kin == kinSame && s.Generation != 0 && boot != "" && s.BootID == boot
@@ -402,6 +409,9 @@ func (l *Ledger) closeLive(e *entry) error {
 	if b := e.begin; b != nil && b.disk.Unchanged(now) {
 		// Nothing was written: it is what it was before.
 		e.state.Live, e.state.BootID, e.state.Generation = false, "", b.generation
+		if b.cloned && e.state.Peer == nil {
+			e.state.UUID, e.state.Cloned = b.uuid, true
+		}
 	}
 	return l.save(e)
 }

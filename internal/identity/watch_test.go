@@ -251,3 +251,34 @@ func TestGoldenImageThatWasWrittenIsAnother(t *testing.T) {
 	poke(t, image, 0)
 	require.NotEqual(t, third.UUID, identify(Options{}).UUID, "by a sample")
 }
+
+// The copies of an image are in use as the disk that it was. If it is served live itself it is
+// another disk, so that none of them passes for its owner and ends its service; it is the image
+// again if nothing was written and no destination was met (fault A5).
+func TestACopyOfAGoldenImageIsNotTheOwnerOfTheImageInUse(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image.raw")
+	require.NoError(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	identify := func(o Options, use func(l *Ledger, d Spec)) (id migrate.Identity) {
+		opened(t, image, "", func(d Spec) {
+			l := mustOpen(t, []Spec{d}, o)
+			id = l.Identity(0)
+			if use != nil {
+				use(l, d)
+			}
+			require.NoError(t, l.Close())
+		})
+		return id
+	}
+	golden := identify(Options{Clone: true}, nil)
+	unused := identify(Options{Live: true}, nil)
+	require.NotEqual(t, golden.UUID, unused.UUID)
+	require.Equal(t, golden, identify(Options{Clone: true}, nil), "nothing was written")
+	met := identify(Options{Live: true}, func(l *Ledger, d Spec) {
+		require.NoError(t, l.Confirm(d.Name, migrate.Owner{Device: migrate.Device{7}, Epoch: 9}))
+	})
+	require.NotEqual(t, golden.UUID, met.UUID)
+	again := identify(Options{Live: true}, func(*Ledger, Spec) { poke(t, image, 0) })
+	require.Equal(t, met.UUID, again.UUID, "a destination has it by that name")
+	require.Equal(t, met.UUID, identify(Options{Live: true}, nil).UUID)
+	require.NotEqual(t, golden.UUID, identify(Options{Clone: true}, nil).UUID)
+}
