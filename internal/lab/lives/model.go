@@ -210,6 +210,9 @@ type file struct {
 	// earlier is the line that goes on here if it turns out that the owner was rolled
 	// back, and not a destination of before the handoff.
 	earlier *line
+	// loose tells that it is a copy by another name without what lay beside it: a
+	// source serves it as it is.
+	loose bool
 	// dest tells that a destination of it was ready.
 	dest bool
 	// life is another number after each start and each clean end of a destination:

@@ -1,6 +1,9 @@
 package lives
 
 import (
+	"bytes"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -97,4 +100,37 @@ func TestADestinationHasWhatItsSourceHadThatHasEnded(t *testing.T) {
 	r.procs = append(r.procs, &process{kind: live, port: at, disks: []*export{{name: "d0", file: g}}})
 	_, of = r.sourceOf(d, "d0")
 	require.Same(t, g, of, "the one that runs goes first")
+}
+
+func TestASnapshotWithTheSameSaveOfTheMap(t *testing.T) {
+	h := &host{dir: t.TempDir()}
+	s := &snap{dir: t.TempDir()}
+	put := func(path string, slots ...byte) {
+		b := make([]byte, 0, 2*4096)
+		for _, v := range slots {
+			b = append(b, bytes.Repeat([]byte{v}, 4096)...)
+		}
+		require.NoError(t, os.WriteFile(path, b, 0o600))
+	}
+	same := func() bool {
+		is, err := s.sameSave(h, "d0")
+		require.NoError(t, err)
+		return is
+	}
+	require.False(t, same(), "there is no map")
+	put(filepath.Join(s.dir, "m"), 1, 1, 5)
+	require.False(t, same(), "it is gone")
+	put(h.path("d0")+mapSuffix, 1, 1, 6)
+	require.True(t, same(), "only bits were written")
+	put(h.path("d0")+mapSuffix, 2, 1)
+	require.True(t, same(), "a save is under way")
+	put(h.path("d0")+mapSuffix, 2, 2)
+	require.False(t, same())
+	file := &file{dest: true, life: 3}
+	s.life = 3
+	require.True(t, s.unseen(file, "dms", true, true, true))
+	require.False(t, s.unseen(file, "dms", true, true, false), "the map was saved since")
+	require.False(t, s.unseen(file, "dms", false, true, true), "it lies in another file")
+	file.clean = true
+	require.False(t, s.unseen(file, "dms", true, true, true), "the life after the snapshot has ended in order")
 }

@@ -67,6 +67,7 @@ func (r *run) restore(w []string) (bool, error) {
 	case inPlace && was != nil:
 		f.noted = was.noted
 	}
+	f.loose = was == nil && !strings.Contains(which, "m")
 	if inPlace && was != nil { // all of its names
 		for _, other := range h.namesOf(was) {
 			h.files[other] = f

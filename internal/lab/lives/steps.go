@@ -100,6 +100,14 @@ func (r *run) startSource(k kind, w []string) (bool, error) {
 		if l == nil {
 			continue
 		}
+		if e.file.loose && l.owner != e.file && !p.host.knows(e.as) {
+			have, err := p.host.contents(e.as)
+			if err != nil {
+				return true, err
+			}
+			l = newLine(r.nextLine(), have)
+			l.owner, e.file.line, e.file.whole = e.file, l, true
+		}
 		if k != golden && p.host.ro && !exists(p.host.path(p.host.real(e.as))+stateSuffix) {
 			l = r.nameless(e.file)
 		}
