@@ -142,6 +142,12 @@ func (h *host) knows(name string) bool {
 	return f != nil && f.noted && h.xattrs || h.noted[h.real(name)]
 }
 
+// takes reports whether there is something by a name, also if that was not seen yet: a
+// destination makes its file before it has said a word.
+func (h *host) takes(name string) bool {
+	return h.files[name] != nil || h.links[name] != "" || exists(h.path(name))
+}
+
 // contents reads a disk's file, past all programs.
 func (h *host) contents(name string) ([]token, error) {
 	b, err := os.ReadFile(h.path(name))

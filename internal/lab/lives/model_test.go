@@ -134,3 +134,12 @@ func TestASnapshotWithTheSameSaveOfTheMap(t *testing.T) {
 	file.clean = true
 	require.False(t, s.unseen(file, "dms", true, true, true), "the life after the snapshot has ended in order")
 }
+
+func TestANameIsTakenByWhatWasNotSeenYet(t *testing.T) {
+	h := &host{dir: t.TempDir(), files: map[string]*file{"d0": {}}, links: map[string]string{"e0": "d0"}}
+	require.True(t, h.takes("d0"))
+	require.True(t, h.takes("e0"))
+	require.False(t, h.takes("k0"))
+	require.NoError(t, os.WriteFile(h.path("k0"), nil, 0o600))
+	require.True(t, h.takes("k0"))
+}

@@ -38,7 +38,7 @@ func (r *run) restore(w []string) (bool, error) {
 	if was != nil && r.inUse(was) || strings.Contains(which, "m") && !strings.Contains(s.parts, "m") || h.stuck() {
 		return false, nil
 	}
-	if was == nil && !strings.Contains(which, "d") || s.disk != diskName(n) {
+	if was == nil && (!strings.Contains(which, "d") || exists(h.path(n))) || s.disk != diskName(n) {
 		return false, nil
 	}
 	r.weird = true
@@ -254,7 +254,7 @@ func (r *run) received(f *file) bool {
 func (r *run) move(w []string) (bool, error) {
 	h := r.host(w[0])
 	f := h.files[w[1]]
-	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || r.inUse(f) || diskName(w[1]) != diskName(w[2]) || h.ro {
+	if f == nil || h.takes(w[2]) || r.inUse(f) || diskName(w[1]) != diskName(w[2]) || h.ro {
 		return false, nil
 	}
 	r.weird = true
@@ -279,7 +279,7 @@ func (r *run) move(w []string) (bool, error) {
 func (r *run) hardLink(w []string) (bool, error) {
 	h := r.host(w[0])
 	f := h.files[w[1]]
-	if f == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.stuck() {
+	if f == nil || h.takes(w[2]) || diskName(w[1]) != diskName(w[2]) || h.stuck() {
 		return false, nil
 	}
 	r.weird = true // its state file has one of the names
@@ -293,7 +293,7 @@ func (r *run) hardLink(w []string) (bool, error) {
 // symLink: sym HOST FILE NEW
 func (r *run) symLink(w []string) (bool, error) {
 	h := r.host(w[0])
-	if h.files[w[1]] == nil || h.files[w[2]] != nil || h.links[w[2]] != "" || diskName(w[1]) != diskName(w[2]) || h.stuck() {
+	if h.files[w[1]] == nil || h.takes(w[2]) || diskName(w[1]) != diskName(w[2]) || h.stuck() {
 		return false, nil
 	}
 	if err := os.Symlink(h.path(w[1]), h.path(w[2])); err != nil {
