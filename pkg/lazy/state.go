@@ -120,8 +120,11 @@ func (s *state) setFetched(lo, hi int64) {
 	for w := lo >> 6; w<<6 < hi; w++ {
 		mask := wordMask(w, lo, hi)
 		s.mirror.setFetched(w, mask) // first: a client that sees the block relies on it
+		// Read before the block is published: from then on overwrite may set the bit, and
+		// the block would be counted as one that had been local before.
+		written := s.written[w].Load()
 		old := s.fetched[w].Or(mask)
-		s.local.Add(int64(bits.OnesCount64(mask &^ (old | s.written[w].Load()))))
+		s.local.Add(int64(bits.OnesCount64(mask &^ (old | written))))
 	}
 }
 

@@ -261,3 +261,31 @@ func TestGateCountsAndShuts(t *testing.T) {
 		}
 	})
 }
+
+// TestBlockThatIsWrittenAsItArrivesIsCountedOnce: a client may write into a block as soon
+// as it is published, and a block that is not counted keeps the disk from completing
+// (trap L7).
+func TestBlockThatIsWrittenAsItArrivesIsCountedOnce(t *testing.T) {
+	for range 5000 {
+		s := newState(64)
+		var wg sync.WaitGroup
+		begin := make(chan struct{})
+		wg.Go(func() {
+			<-begin
+			for b := range int64(64) {
+				s.setFetched(b, b+1)
+			}
+		})
+		wg.Go(func() {
+			<-begin
+			for s.writes.Load() < 64 {
+				s.overwrite(0, 64)
+			}
+		})
+		close(begin)
+		wg.Wait()
+		if n := s.local.Load(); n != 64 {
+			t.Fatalf("%d of 64 blocks are counted as local", n)
+		}
+	}
+}
