@@ -85,6 +85,10 @@ func steady(t *testing.T, s *Server) int {
 	return last
 }
 
+// uncharged is how many requests of a connection may wait that could not be charged:
+// the next leader may have read one before the first was found to wait.
+const uncharged = 2
+
 // Requests that wait are charged, also those without data: what clients can pile up
 // is bounded, one that is honest is served beside them, and all are answered in the
 // end (fault C2, trap R4).
@@ -94,7 +98,7 @@ func TestRequestsThatWaitAreChargedWithoutData(t *testing.T) {
 	s, path := newTestServer(t, Options{MemoryBudget: 32 << 20}, Export{Name: "disk", Backend: d})
 	const clients, requests = 20, 400
 	g := newGreedy(t, path, clients, requests)
-	require.LessOrEqual(t, steady(t, s), clients*(freeWaits+1)+16<<20/waitCost)
+	require.LessOrEqual(t, steady(t, s), clients*(freeWaits+uncharged)+16<<20/waitCost)
 
 	honest := dialRaw(t, path).enter("disk", modeSimple)
 	waits := honest.request(cmdWriteZeroes, 0, 0, 512)
@@ -119,9 +123,10 @@ func TestGreedyClientsThatLeaveMakeRoom(t *testing.T) {
 	s, path := newTestServer(t, Options{MemoryBudget: 32 << 20}, Export{Name: "disk", Backend: d})
 	s.waits.limit = 4 * waitCost
 	first := newGreedy(t, path, 1, freeWaits+10)
-	require.Equal(t, freeWaits+5, steady(t, s))
+	n := steady(t, s)
+	require.Contains(t, []int{freeWaits + 5, freeWaits + 4 + uncharged}, n, "the rest is not read")
 	second := newGreedy(t, path, 1, freeWaits+2)
-	require.Equal(t, 2*freeWaits+6, steady(t, s))
+	require.Contains(t, []int{n + freeWaits + 1, n + freeWaits + uncharged}, steady(t, s))
 	first.leave()
 	require.Equal(t, freeWaits+2, steady(t, s), "all of the second wait, and none is refused")
 	require.EqualValues(t, 2*waitCost, s.waits.used.Load())
