@@ -26,8 +26,17 @@ const (
 )
 
 // treeImage returns an ext4 image of 640 MiB made from the tree of the Go distribution: real files of all sizes in a
-// real file system. It is made once for each version of Go and kept in .cache.
+// real file system. It is a copy of the test's own: a disk that has moved belongs to its destination, also in the next
+// run.
 func treeImage(t *testing.T) string {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "tree.raw")
+	must(t, time.Minute, "cp", "--sparse=always", madeTreeImage(t), image)
+	return image
+}
+
+// madeTreeImage is the image that treeImage copies. It is made once for each version of Go and kept in .cache.
+func madeTreeImage(t *testing.T) string {
 	t.Helper()
 	need(t, "mkfs.ext4", "go")
 	root := strings.TrimSpace(must(t, time.Minute, "go", "env", "GOROOT"))
