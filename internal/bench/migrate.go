@@ -11,8 +11,11 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/silo-nbd/silo-nbd/internal/addr"
 	"github.com/silo-nbd/silo-nbd/internal/disks"
+	"github.com/silo-nbd/silo-nbd/internal/identity"
 )
 
 // migration is a source and a destination that the measurement looks at.
@@ -39,6 +42,9 @@ func (b *bench) migrate(ctx context.Context, s setup) (*migration, error) {
 	socket := filepath.Join(b.memory, "nbd.sock")
 	if err := os.Remove(s.dst + disks.MapSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err // of an earlier round, whose disk is gone
+	}
+	if err := forgetMoves(s.src); err != nil {
+		return nil, err
 	}
 	source, err := startChild(ctx, b.silo, append([]string{"source", "--disk", "disk=" + s.src, "--listen", s.listen}, s.sourceArgs...)...)
 	if err != nil {
@@ -134,4 +140,17 @@ func waitListening(address string) error {
 		}
 	}
 	return fmt.Errorf("nobody listens on %s after 30 s", address)
+}
+
+// forgetMoves lets a disk that an earlier round has moved be moved again: what is noted
+// at it and beside it says that its destination owns it.
+func forgetMoves(disk string) error {
+	if err := os.Remove(disk + identity.Suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	err := unix.Removexattr(disk, "user.silo-nbd")
+	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.ENOTSUP) {
+		return nil
+	}
+	return err
 }
