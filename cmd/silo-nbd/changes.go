@@ -113,8 +113,8 @@ func (l *liveChanges) begin(disk string, id migrate.Identity, state string) (*mi
 	return changes, nil
 }
 
-// Close leaves it to the next process, of this boot or of another. Nobody writes the
-// disks any more.
+// Close leaves it to the next process, of this boot or of another. The disks must no
+// longer be written.
 func (l *liveChanges) Close() error {
 	var errs []error
 	for disk, c := range l.byName {
